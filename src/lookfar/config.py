@@ -1,0 +1,251 @@
+"""What a run is, as frozen, strict models that are read from TOML and changed by dotted overrides.
+
+An unknown key, a value of the wrong type and sizes that do not fit are told at the door in one sentence each.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lookfar.errors import UserError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+_building: ContextVar[bool] = ContextVar("building", default=False)
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def __init__(self, **data: Any) -> None:
+        outermost = not _building.get()
+        token = _building.set(True)
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            if not outermost:  # pydantic adds where the error lies, the outermost model tells it
+                raise
+            raise UserError(explain(error, type(self))) from error
+        finally:
+            _building.reset(token)
+
+
+class ModelConfig(_Settings):
+    """The size and the scheme of a decoder. What is None is derived from the rest."""
+
+    vocabulary: Count | None = None  # None: the tokenizer's
+    width: Count = 128
+    layers: Count = 4
+    heads: Count = 4  # of the plain transformer; a merge of several maps divides them its own way
+    groups: Count | None = None  # key and value heads; None: as many as heads
+    head_width: Count | None = None  # None: width / heads
+    hidden: Count | None = None  # width of the feed-forward layer; None: 8/3 width for swiglu, 4 width for gelu
+    context: Count = 128  # tokens per training sequence
+    positions: Count | None = None  # size of a learned table; None: context
+    scheme: str | tuple[str, ...] = "rope"  # several: a pattern that cycles over the layers
+    window: Count | None | tuple[Count | None, ...] = None  # tokens that a query sees, itself included; None: all
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    tied: bool = True  # one matrix embeds tokens and predicts them
+    qk_norm: bool = False
+    dropout: Fraction = 0.0  # on what each attention and feed-forward layer adds
+    embedding_dropout: Fraction = 0.0
+    attention_soft_cap: Positive | None = None
+    logit_soft_cap: Positive | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the parameters; training.precision: of the products
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.head_width is None and self.width % self.heads:
+            near = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
+            raise ValueError(f"heads ({self.heads}) must divide width ({self.width}); try heads={near}")
+        if self.groups is not None and self.heads % self.groups:
+            raise ValueError(f"groups ({self.groups}) must divide heads ({self.heads}); try groups={self.heads}")
+        if self.positions is not None and self.positions < self.context:
+            raise ValueError(f"positions ({self.positions}) must be at least context ({self.context})")
+        return self
+
+
+class DataConfig(_Settings):
+    """Which text, and how it becomes tokens."""
+
+    source: str = "python_library"
+    path: str | None = None  # text_file: a file or folder; hugging_face: a name on the hub
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    vocabulary: Annotated[int, Field(ge=257)] = 8192  # of bpe
+    cache: str | None = None  # folder of token files; None: $LOOKFAR_CACHE or ~/.cache/lookfar
+
+
+class TrainingConfig(_Settings):
+    """How a model is trained. Lengths are in updates."""
+
+    updates: Annotated[int, Field(ge=0)] = 1000
+    batch: Count = 32  # sequences per update, accumulated ones included
+    accumulation: Count = 1  # pieces that a batch is computed in
+    optimizer: Literal["adamw"] = "adamw"
+    rate: Positive = 1e-3  # the peak
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[int, Field(ge=0)] | None = None  # None: a twentieth of the updates
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # last rate as a fraction of the peak
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Positive | None = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 products where the processor has them
+    seed: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Count | None = None  # None: at the end, and when interrupted
+    keep: Count = 1  # checkpoints besides the best
+    evaluate_every: Count | None = None  # held-out loss during training
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.batch % self.accumulation:
+            raise ValueError(f"accumulation ({self.accumulation}) must divide batch ({self.batch})")
+        if self.warmup is not None and self.warmup > self.updates:
+            raise ValueError(f"warmup ({self.warmup}) must not exceed updates ({self.updates})")
+        return self
+
+
+class EvaluationConfig(_Settings):
+    """Which lengths are measured, in which protocols."""
+
+    lengths: tuple[Count, ...] | None = None  # None: the context times 1, 2, 4, 8, 16
+    protocols: tuple[str, ...] = ("non_overlapping", "sliding")
+    tokens: Count | None = None  # most tokens scored per length; a protocol may set its own: sliding(tokens=16384)
+    split: Literal["valid", "test"] = "valid"
+
+
+class Run(_Settings):
+    """All that decides a run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths to evaluate, in tokens."""
+        return self.evaluation.lengths or tuple(self.model.context * factor for factor in (1, 2, 4, 8, 16))
+
+
+class StudyConfig(_Settings):
+    """What a study varies: every scheme is trained with every seed."""
+
+    schemes: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    title: str = "Train short, test long"
+
+
+class Study(Run):
+    """A run, and what is varied in it."""
+
+    study: StudyConfig
+
+
+def read(path: Path, overrides: Iterable[str] = (), kind: type[Run] = Run) -> Any:
+    """Read a recipe and apply overrides such as `training.updates=40`."""
+    return build(read_toml(path), overrides, kind)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain content of a TOML file; a broken one is told with its line and column."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no recipe {path}.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; name a TOML file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from error
+
+
+def build(content: dict[str, Any], overrides: Iterable[str] = (), kind: type[Run] = Run) -> Any:
+    """A checked run of plain content, with overrides applied first."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{override!r} is not an override; write it as 'training.updates=40'.")
+        content = _put(content, key.strip().split("."), _literal(text.strip()), key.strip())
+    return kind(**content)
+
+
+def write_toml(content: dict[str, Any]) -> str:
+    """Plain content as TOML: tables of plain values; None is left out."""
+    lines = [f"{key} = {_toml(value)}" for key, value in content.items() if _is_plain(value)]
+    for key, value in content.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items() if _is_plain(v))]
+    return "\n".join(lines).strip() + "\n"
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """One sentence for each thing that a configuration got wrong."""
+    return " ".join(dict.fromkeys(_sentence(detail, model) for detail in error.errors()))
+
+
+def _sentence(detail: Any, model: type[BaseModel]) -> str:
+    place = [str(part) for part in detail["loc"] if str(part) in _keys(model) or detail["type"] == "extra_forbidden"]
+    key = ".".join(place)
+    if detail["type"] == "extra_forbidden":
+        owner = _owner(model, place[:-1])
+        return f"There is no setting {key!r}. {nearest(place[-1], list(owner.model_fields))}"
+    if detail["type"] == "missing":
+        return f"The setting {'.'.join(str(part) for part in detail['loc'])!r} is missing."
+    reason = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {reason}." if key else f"{reason}."
+    return f"{key} = {_toml(detail['input'])} is not possible: {reason[0].lower()}{reason[1:]}."
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    found = set(model.model_fields)
+    for each in model.model_fields.values():
+        if isinstance(each.annotation, type) and issubclass(each.annotation, BaseModel):
+            found |= _keys(each.annotation)
+    return found
+
+
+def _owner(model: type[BaseModel], place: list[str]) -> type[BaseModel]:
+    for part in place:
+        each = model.model_fields.get(part)
+        if each is not None and isinstance(each.annotation, type) and issubclass(each.annotation, BaseModel):
+            model = each.annotation
+    return model
+
+
+def _put(content: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**content, path[0]: value}
+    inner = content.get(path[0], {})
+    if not isinstance(inner, dict):
+        raise UserError(f"{key!r} leads nowhere: {path[0]!r} is a value, not a table.")
+    return {**content, path[0]: _put(inner, path[1:], value, key)}
+
+
+def _literal(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _is_plain(value: Any) -> bool:
+    return value is not None and not isinstance(value, dict)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(each) for each in value) + "]"
+    if isinstance(value, str | bool):
+        return json.dumps(value)
+    return str(value)
