@@ -1,0 +1,60 @@
+"""What a kernel is: a way to compute attention that says which schemes and calls it takes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lookfar.attention.scheme import Scheme
+from lookfar.sight import Sight
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts of a call that decide which kernel can take it."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    queries: int = 128
+    keys: int = 128
+    batch: int = 1
+    gradients: bool = True  # whether something needs a gradient
+    plain: bool = True  # the order of tokens alone decides who sees whom
+    consecutive: bool = True  # positions are 0, 1, 2, …
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> Self:
+        """The facts of a call with these tensors."""
+        needing = (queries, keys, values, *scheme.parameters())
+        return cls(
+            device=queries.device.type,
+            dtype=queries.dtype,
+            queries=queries.shape[2],
+            keys=keys.shape[2],
+            batch=queries.shape[0],
+            gradients=torch.is_grad_enabled() and any(each.requires_grad for each in needing),
+            plain=sight.plain,
+            consecutive=sight.consecutive,
+        )
+
+
+class Kernel(ABC):
+    """A way to compute attention."""
+
+    @abstractmethod
+    def refusal(self, scheme: Scheme, call: Call) -> str | None:
+        """Why not, in words; None: willing, and then equal to the reference in outputs and gradients."""
+
+    @abstractmethod
+    def attend(
+        self,
+        queries: Float[Tensor, "b h q e"],
+        keys: Float[Tensor, "b g k e"],
+        values: Float[Tensor, "b g2 k v"],
+        sight: Sight,
+        scheme: Scheme,
+    ) -> Float[Tensor, "b h q v"]:
+        """As `attention.reference.attend`."""

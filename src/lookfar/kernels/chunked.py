@@ -1,0 +1,56 @@
+"""Anything at all in memory proportional to chunk × length: the reference, asked for a few rows at a time."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lookfar.attention import reference
+from lookfar.attention.scheme import Scheme
+from lookfar.kernels.base import Call, Kernel
+from lookfar.sight import Sight
+
+ENTRIES = 1 << 20  # of the score square, over batch and heads, that are held at once
+
+
+class Chunked(Kernel):
+    """Asks the reference for a chunk of queries at a time, against only the keys that they can see.
+
+    With gradients each chunk is computed again in the backward pass, so that nothing of a chunk is kept.
+    """
+
+    def __init__(self, *, entries: int = ENTRIES) -> None:
+        self.entries = entries
+
+    def refusal(self, scheme: Scheme, call: Call) -> str | None:
+        return None
+
+    def attend(
+        self,
+        queries: Float[Tensor, "b h q e"],
+        keys: Float[Tensor, "b g k e"],
+        values: Float[Tensor, "b g2 k v"],
+        sight: Sight,
+        scheme: Scheme,
+    ) -> Float[Tensor, "b h q v"]:
+        chunk = self.rows(queries.shape[0] * queries.shape[1], sight)
+        if chunk >= sight.queries:
+            return reference.attend(queries, keys, values, sight, scheme)
+        gradients = torch.is_grad_enabled()
+        outputs = []
+        for start in range(0, sight.queries, chunk):
+            part = sight.rows(start, min(start + chunk, sight.queries))
+            seen = slice(part.first_key - sight.first_key, part.first_key - sight.first_key + part.keys)
+            given = queries[:, :, start : start + chunk], keys[:, :, seen], values[:, :, seen], part, scheme
+            outputs.append(
+                checkpoint(reference.attend, *given, use_reentrant=False, preserve_rng_state=False)
+                if gradients
+                else reference.attend(*given)
+            )
+        return torch.cat(outputs, dim=2)
+
+    def rows(self, maps: int, sight: Sight) -> int:
+        """How many queries make a chunk: a power of two, at least 16."""
+        keys = sight.keys if sight.window is None else min(sight.keys, 2 * sight.window)
+        fitting = max(16, self.entries // (maps * keys))
+        return 1 << (fitting.bit_length() - 1)

@@ -1,0 +1,45 @@
+"""T5's relative bias: a learned number for each bucket of distances."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from lookfar.errors import UserError
+from lookfar.methods.base import Count, DistanceBias, Site, whole, wide
+
+
+class T5(DistanceBias):
+    """Adds a learned number that depends on the bucket of the distance; buckets widen with distance.
+
+    Raffel et al., 2020, arXiv 1910.10683.
+
+        bucket(r) = r                                                   for r < buckets/2
+                    buckets/2 + ⌊buckets/2 · ln(2r/buckets) / ln(2·farthest/buckets)⌋    beyond, at most buckets - 1
+
+    All distances of `farthest` and more share the last bucket. One table serves all layers unless `shared=false`.
+    Scores are scaled by head_width^-½, as everywhere here; the original has no scale.
+    """
+
+    paper = "Raffel et al., 2020, arXiv 1910.10683"
+    adds = "a learned bias by bucket of distance"
+    shared = True
+
+    def __init__(self, site: Site, *, buckets: Count = 32, farthest: Count = 128, shared: bool = True) -> None:
+        super().__init__(site)
+        if buckets < 2 or farthest <= buckets // 2:
+            raise UserError(f"t5 needs buckets ≥ 2 and farthest ({farthest}) beyond half of them ({buckets // 2}).")
+        self.buckets, self.farthest = buckets, farthest
+        self.table = nn.Parameter(torch.randn(buckets, site.heads.score_heads) * 0.02)
+
+    def at(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
+        return self.table[self.bucket(whole(distances, "t5"))].T
+
+    def bucket(self, distances: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The bucket of each distance; keys that lie ahead share bucket 0."""
+        exact = self.buckets // 2
+        behind = distances.clamp(min=0)
+        growth = (self.buckets - exact) / math.log(self.farthest / exact)
+        far = exact + (wide(behind).clamp(min=exact).div(exact).log() * growth).long()
+        return torch.where(behind < exact, behind, far.clamp(max=self.buckets - 1))
