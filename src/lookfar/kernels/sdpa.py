@@ -56,7 +56,7 @@ class Sdpa(Kernel):
         sink = scheme.sink(sight.query_positions)
         if scheme.biases:
             queries, scale = _even(queries, scale)
-            slopes = sum(bias.slopes for bias in scheme.biases if isinstance(bias, Alibi))
+            slopes = torch.stack([bias.slopes for bias in scheme.biases if isinstance(bias, Alibi)]).sum(0)
             queries, keys = _lead(queries, keys, _columns(slopes, sight, scale, queries.dtype))
         if sink is not None and queries.device.type != "cpu":
             return _with_key_in_front(queries, keys, values, sink, scale)[..., :value_width]

@@ -1,0 +1,46 @@
+"""One layer of the decoder: attention and a feed-forward net, each normalised before and added after."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lookfar.model.attention import Attention
+from lookfar.model.cache import LayerCache
+from lookfar.sight import Sight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020, arXiv 2002.05202) or GELU, without biases."""
+
+    def __init__(self, width: int, hidden: int, activation: Literal["swiglu", "gelu"]) -> None:
+        super().__init__()
+        self.gated = activation == "swiglu"
+        self.up = nn.Linear(width, hidden * (2 if self.gated else 1), bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        if not self.gated:
+            return self.down(F.gelu(self.up(x)))
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, width: int, attention: Attention, feed_forward: FeedForward, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(width, eps=1e-6), attention
+        self.feed_forward_norm, self.feed_forward = nn.RMSNorm(width, eps=1e-6), feed_forward
+        self.dropout = dropout
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None = None
+    ) -> Float[Tensor, "b t d"]:
+        x = x + self._drop(self.attention(self.attention_norm(x), sight=sight, cache=cache))
+        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _drop(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -1,0 +1,53 @@
+"""What decoding keeps: the encoded keys and the values of every layer, and how the tokens were numbered."""
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+
+from lookfar.methods.base import Heads
+
+
+class LayerCache:
+    """Encoded keys and values of one layer, in buffers that double when they are full."""
+
+    def __init__(self, heads: Heads, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.length = 0
+        self._keys = torch.empty(batch, heads.key_heads, length, heads.head_width, dtype=dtype, device=device)
+        self._values = torch.empty(batch, heads.value_heads, length, heads.value_width, dtype=dtype, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+        return self._keys.device
+
+    def append(
+        self, keys: Float[Tensor, "b g t e"], values: Float[Tensor, "b g2 t v"]
+    ) -> tuple[Float[Tensor, "b g k e"], Float[Tensor, "b g2 k v"]]:
+        """Store new keys and values; return all that are stored."""
+        start, self.length = self.length, self.length + keys.shape[2]
+        if self.length > self._keys.shape[2]:
+            size = 1 << (self.length - 1).bit_length()
+            self._keys, self._values = _grown(self._keys, size), _grown(self._values, size)
+        self._keys[:, :, start : self.length] = keys
+        self._values[:, :, start : self.length] = values
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+
+
+class Cache:
+    """The caches of all layers, and the positions and documents of the tokens in them."""
+
+    def __init__(self, layers: list[LayerCache], batch: int) -> None:
+        self.layers, self.batch = layers, batch
+        self.positions: Num[Tensor, "b k"] | None = None
+        self.documents: Int[Tensor, "b k"] | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens are stored."""
+        return self.layers[0].length
+
+
+def _grown(buffer: Tensor, size: int) -> Tensor:
+    grown = buffer.new_empty(*buffer.shape[:2], size, buffer.shape[3])
+    grown[:, :, : buffer.shape[2]] = buffer
+    return grown

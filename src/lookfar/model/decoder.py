@@ -1,0 +1,241 @@
+"""A decoder-only transformer whose every layer sees position by its own scheme."""
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lookfar.attention.scheme import Shared, build_scheme
+from lookfar.batch import consecutive
+from lookfar.config import ModelConfig
+from lookfar.errors import UserError
+from lookfar.methods.base import InputEncoding
+from lookfar.model.attention import Attention, cast
+from lookfar.model.block import Block, FeedForward
+from lookfar.model.cache import Cache, LayerCache
+from lookfar.sight import Sight
+
+
+class Decoder(nn.Module):
+    """Tokens `[b t]` -> logits `[b t vocabulary]`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocabulary is None:
+            raise UserError("A decoder needs model.vocabulary; for bytes it is 256.")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        shared: Shared = {}
+        self.blocks = nn.ModuleList(_block(config, layer, shared) for layer in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.windows = [layer_window(config, layer) for layer in range(config.layers)]
+        self.encoding = _input_encoding(self._blocks())
+        _initialise(self)
+        self.to(device=device_of(config.device), dtype=cast(config.dtype))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        positions: Num[Tensor, "#b t"] | None = None,
+        documents: Int[Tensor, "b t"] | None = None,
+        sight: Sight | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t vocabulary"]:
+        """The logits of what follows each token.
+
+        Args:
+            tokens: of the batch.
+            positions: their numbers; by default 0, 1, 2, … within each document.
+            documents: the document of each token, -1 for padding; by default each line is one document.
+            sight: who sees whom, in place of positions, documents and windows.
+            cache: keys and values of earlier tokens; those of `tokens` are appended.
+        """
+        return self.logits(self.states(tokens, positions=positions, documents=documents, sight=sight, cache=cache))
+
+    def states(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        positions: Num[Tensor, "#b t"] | None = None,
+        documents: Int[Tensor, "b t"] | None = None,
+        sight: Sight | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The last hidden states, normalised: what `logits` reads. For arguments see `forward`."""
+        if sight is not None:
+            sights = dict.fromkeys(self.windows, sight)
+        else:
+            sights = self._sights(tokens, positions, documents, cache)
+        x = self.embedding(tokens)
+        if self.encoding is not None:
+            x = self.encoding.encode(x, next(iter(sights.values())).query_positions)
+        x = F.dropout(x, self.config.embedding_dropout, self.training and self.config.embedding_dropout > 0)
+        for layer, (block, window) in enumerate(zip(self._blocks(), self.windows, strict=True)):
+            x = block(x, sights[window], None if cache is None else cache.layers[layer])
+        return self.norm(x)
+
+    def logits(self, states: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocabulary"]:
+        """Logits from states, soft-capped where the configuration says so."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(states, weight)
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def cache(self, *, batch: int = 1, length: int = 256) -> Cache:
+        """An empty cache with room for `length` tokens; it grows when they are more."""
+        weight = self.embedding.weight
+        layers = [
+            LayerCache(block.attention.scheme.heads, batch, length, weight.dtype, weight.device)
+            for block in self._blocks()
+        ]
+        return Cache(layers, batch)
+
+    @property
+    def farthest(self) -> int | None:
+        """How many positions the model can number; None: any number."""
+        table = getattr(self.encoding, "positions", None)
+        return table if isinstance(table, int) else None
+
+    def _sights(
+        self,
+        tokens: Int[Tensor, "b t"],
+        positions: Num[Tensor, "#b t"] | None,
+        documents: Int[Tensor, "b t"] | None,
+        cache: Cache | None,
+    ) -> dict[int | None, Sight]:
+        batch, new = tokens.shape
+        past = 0 if cache is None else cache.length
+        if cache is not None:
+            positions, documents = _continued(cache, batch, new, positions, documents)
+        elif documents is not None and positions is None:
+            positions = consecutive(documents)
+        if positions is None and self.farthest is not None and past + new > self.farthest:
+            raise UserError(
+                f"{past + new} tokens are more than the {self.farthest} positions of the learned table; "
+                f"train with model.positions={past + new} or ask for fewer."
+            )
+        return {
+            window: Sight.causal(
+                past + new,
+                queries=new,
+                positions=positions,
+                documents=documents,
+                window=window,
+                device=tokens.device,
+            )
+            for window in dict.fromkeys(self.windows)
+        }
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a configured name; `auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"There is no device {name!r} here ({str(error).splitlines()[0]}); try device='auto'."
+        ) from error
+
+
+def layer_scheme(config: ModelConfig, layer: int) -> str:
+    """The scheme of a layer: a pattern cycles."""
+    schemes = (config.scheme,) if isinstance(config.scheme, str) else config.scheme
+    return schemes[layer % len(schemes)]
+
+
+def layer_window(config: ModelConfig, layer: int) -> int | None:
+    """The window of a layer: a pattern cycles."""
+    windows = config.window if isinstance(config.window, tuple) else (config.window,)
+    return windows[layer % len(windows)]
+
+
+def hidden_width(config: ModelConfig) -> int:
+    """The width of the feed-forward layer: 4 widths, or two thirds of that for a gated one, in steps of 16."""
+    if config.hidden is not None:
+        return config.hidden
+    wanted = config.width * (8 / 3 if config.activation == "swiglu" else 4)
+    return max(16, round(wanted / 16) * 16)
+
+
+def _block(config: ModelConfig, layer: int, shared: Shared) -> Block:
+    scheme = build_scheme(
+        layer_scheme(config, layer),
+        heads=config.heads,
+        groups=config.groups,
+        head_width=config.head_width,
+        width=config.width,
+        layer=layer,
+        layers=config.layers,
+        context=config.context,
+        positions=config.positions,
+        embedding_scale=_embedding_scale(config.width),
+        soft_cap=config.attention_soft_cap,
+        shared=shared,
+    )
+    attention = Attention(config.width, config.heads, scheme=scheme, qk_norm=config.qk_norm)
+    feed_forward = FeedForward(config.width, hidden_width(config), config.activation)
+    return Block(config.width, attention, feed_forward, config.dropout)
+
+
+def _input_encoding(blocks: list[Block]) -> InputEncoding | None:
+    found = {id(each): each for block in blocks for each in block.attention.scheme.inputs}
+    if len(found) > 1:
+        names = " and ".join(type(each).__name__ for each in found.values())
+        raise UserError(
+            f"Embeddings are encoded once, before the first layer: {names} cannot be combined in a pattern."
+        )
+    return next(iter(found.values()), None)
+
+
+def _embedding_scale(width: int) -> float:
+    return width**-0.5
+
+
+def _initialise(model: Decoder) -> None:
+    """Weights of variance 1/inputs, so that every layer keeps the scale; what adds to the stream is 1/√(2·layers) of it."""
+    nn.init.normal_(model.embedding.weight, std=_embedding_scale(model.config.width))
+    shrink = (2 * model.config.layers) ** -0.5
+    for block in model._blocks():
+        for linear, factor in (
+            (block.attention.project, 1.0),
+            (block.attention.output, shrink),
+            (block.feed_forward.up, 1.0),
+            (block.feed_forward.down, shrink),
+        ):
+            nn.init.normal_(linear.weight, std=factor * linear.in_features**-0.5)
+    if model.head is not None:
+        nn.init.normal_(model.head.weight, std=_embedding_scale(model.config.width))
+
+
+def _continued(
+    cache: Cache,
+    batch: int,
+    new: int,
+    positions: Num[Tensor, "#b t"] | None,
+    documents: Int[Tensor, "b t"] | None,
+) -> tuple[Num[Tensor, "b k"] | None, Int[Tensor, "b k"] | None]:
+    """Positions and documents of all tokens, cached and new; None while all are consecutive in one document."""
+    if batch != cache.batch:
+        raise UserError(f"This cache holds {cache.batch} sequences; the call has {batch}.")
+    past, device = cache.length, cache.layers[0].device
+    if documents is not None or cache.documents is not None:
+        zeros = torch.zeros(batch, past, dtype=torch.long, device=device)
+        before = zeros if cache.documents is None else cache.documents
+        after = torch.zeros(batch, new, dtype=torch.long, device=device) if documents is None else documents
+        cache.documents = torch.cat([before, after], dim=1)
+    if positions is not None or cache.positions is not None or cache.documents is not None:
+        default = torch.arange(past + new, device=device).expand(batch, -1)
+        if cache.documents is not None:
+            default = consecutive(cache.documents)
+        before = default[:, :past] if cache.positions is None else cache.positions
+        after = default[:, past:] if positions is None else positions.expand(batch, -1)
+        cache.positions = torch.cat([before, after], dim=1)
+    return cache.positions, cache.documents
