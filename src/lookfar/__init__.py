@@ -2,7 +2,8 @@
 
     import lookfar
 
-    model = lookfar.Decoder(lookfar.ModelConfig(vocabulary=256, width=128, layers=4, heads=4, context=128, scheme="alibi"))
+    config = lookfar.ModelConfig(vocabulary=256, width=128, layers=4, heads=4, context=128, scheme="alibi")
+    model = lookfar.Decoder(config)
     logits = model(tokens)  # [b t] -> [b t vocabulary]
 
 Names are imported when they are first used, so that `lookfar --help` does not wait for torch.

@@ -51,7 +51,7 @@ class ModelConfig(_Settings):
     context: Count = 128  # tokens per training sequence
     positions: Count | None = None  # size of a learned table; None: context
     scheme: str | tuple[str, ...] = "rope"  # several: a pattern that cycles over the layers
-    window: Count | None | tuple[Count | None, ...] = None  # tokens that a query sees, itself included; None: all
+    window: Count | tuple[Count | None, ...] | None = None  # tokens that a query sees, itself included; None: all
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied: bool = True  # one matrix embeds tokens and predicts them
     qk_norm: bool = False
@@ -60,7 +60,7 @@ class ModelConfig(_Settings):
     attention_soft_cap: Positive | None = None
     logit_soft_cap: Positive | None = None
     device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the parameters; training.precision: of the products
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the parameters
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

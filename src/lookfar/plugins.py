@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -59,7 +60,7 @@ def build(room: str, term: Term, *arguments: Any) -> Any:
     return thing(*arguments, **check(thing, term))
 
 
-def check(thing: type, term: Term) -> dict[str, Any]:
+def check(thing: Callable[..., Any], term: Term) -> dict[str, Any]:
     """The settings of a term, each checked against the keyword parameter of its name. Nothing is built."""
     known = settings(thing)
     checked = {}
@@ -74,14 +75,14 @@ def check(thing: type, term: Term) -> dict[str, Any]:
     return checked
 
 
-def settings(thing: type) -> dict[str, Any]:
+def settings(thing: Callable[..., Any]) -> dict[str, Any]:
     """The settings of a thing: its keyword-only parameters and their types."""
     parameters = inspect.signature(thing).parameters.values()
-    hints = typing.get_type_hints(thing.__init__, include_extras=True)
+    hints = typing.get_type_hints(thing.__init__ if isinstance(thing, type) else thing, include_extras=True)
     return {each.name: hints.get(each.name, Any) for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
-def defaults(thing: type) -> dict[str, Any]:
+def defaults(thing: Callable[..., Any]) -> dict[str, Any]:
     """The default of every setting of a thing."""
     parameters = inspect.signature(thing).parameters.values()
     return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
@@ -135,7 +136,9 @@ def _term(node: ast.expr, expression: str) -> Term:
             return Term(_dotted(node.func, expression), settings)
     elif isinstance(node, ast.Name | ast.Attribute):
         return Term(_dotted(node, expression))
-    raise UserError(f"{ast.unparse(node)!r} in {expression!r} is not understood; write 'name' or 'name(setting=value)'.")
+    raise UserError(
+        f"{ast.unparse(node)!r} in {expression!r} is not understood; write 'name' or 'name(setting=value)'."
+    )
 
 
 def _dotted(node: ast.expr, expression: str) -> str:

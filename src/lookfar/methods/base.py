@@ -19,6 +19,7 @@ import torch
 from annotated_types import Ge, Gt
 from jaxtyping import Float, Num
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lookfar.errors import UserError
 from lookfar.sight import Rows, Sight
@@ -87,6 +88,7 @@ class Method(nn.Module, ABC):
     shared: ClassVar[bool] = False  # built once and used by all layers
     paper: ClassVar[str] = ""  # authors, year and arXiv number
     adds: ClassVar[str] = ""  # a few words: what it adds to plain attention
+    bounded: ClassVar[bool] = False  # cannot number positions beyond the site's
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class DistanceBias(ScoreBias):
             return self.at(distances.flatten()).unflatten(1, distances.shape).movedim(0, 1)
         low, high = (int(bound) for bound in distances.aminmax())
         table = self.at(torch.arange(low, high + 1, device=distances.device))
-        return table[:, distances - low].movedim(0, 1)
+        return F.embedding(distances - low, table.T).movedim(-1, 1)  # its backward has one order on a CPU
 
     @final
     def band(self, first: int, queries: int, keys: int) -> Float[Tensor, "1 h q k"]:
@@ -210,8 +212,11 @@ class HeadMerge(Method):
 
 
 def slopes(heads: int) -> Float[Tensor, " h"]:
-    """ALiBi's slopes: a geometric series from 2^(-8/heads); where heads is no power of two, the series of the power of two
-    below it and then every other slope of the one above. Source: Press et al., 2022, arXiv 2108.12409."""
+    """ALiBi's slopes: a geometric series from 2^(-8/heads).
+
+    Where heads is no power of two, the series of the power of two below it, then every other slope of the one above.
+    Source: Press et al., 2022, arXiv 2108.12409.
+    """
     whole_power = 1 << (heads.bit_length() - 1)
     exponents = [8 * (n + 1) / whole_power for n in range(whole_power)]
     exponents += [4 * (2 * n + 1) / whole_power for n in range(heads - whole_power)]

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lookfar.errors import UserError
 from lookfar.methods.base import InputEncoding, Site, whole
@@ -15,11 +16,13 @@ class Learned(InputEncoding):
 
         x[p] + table[p],   0 ≤ p < positions
 
-    The table holds the model's `positions`, by default the trained context. Rows that training never reached stay random.
+    The table holds the model's `positions`, by default the trained context. Rows that training never reached stay
+    random.
     """
 
     paper = "Gehring et al., 2017, arXiv 1705.03122"
     adds = "a learned vector per position to the embeddings"
+    bounded = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -33,4 +36,4 @@ class Learned(InputEncoding):
                 f"Position {low if low < 0 else high} lies outside the learned table of {self.positions} positions; "
                 f"train with model.positions={high + 1} or stay within it."
             )
-        return x + self.table[positions].to(x.dtype)
+        return x + F.embedding(positions, self.table).to(x.dtype)

@@ -5,6 +5,7 @@ import math
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lookfar.errors import UserError
 from lookfar.methods.base import Count, DistanceBias, Site, whole, wide
@@ -34,7 +35,7 @@ class T5(DistanceBias):
         self.table = nn.Parameter(torch.randn(buckets, site.heads.score_heads) * 0.02)
 
     def at(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
-        return self.table[self.bucket(whole(distances, "t5"))].T
+        return F.embedding(self.bucket(whole(distances, "t5")), self.table).T
 
     def bucket(self, distances: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The bucket of each distance; keys that lie ahead share bucket 0."""

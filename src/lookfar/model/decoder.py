@@ -200,7 +200,7 @@ def _embedding_scale(width: int) -> float:
 
 
 def _initialise(model: Decoder) -> None:
-    """Weights of variance 1/inputs, so that every layer keeps the scale; what adds to the stream is 1/√(2·layers) of it."""
+    """Weights of variance 1/inputs keep the scale; those that add to the stream are 1/√(2·layers) of that."""
     nn.init.normal_(model.embedding.weight, std=_embedding_scale(model.config.width))
     shrink = (2 * model.config.layers) ** -0.5
     for block in model._blocks():

@@ -1,0 +1,2 @@
+import typer
+def add(app): pass

@@ -1,0 +1,32 @@
+"""`lookfar train`: trains one run, or goes on with it, and evaluates it."""
+
+import typer
+
+from lookfar.cli.options import Folder, Overrides, Recipe, folder_of
+
+
+def add(app: typer.Typer) -> None:
+    """Put the verb into the command."""
+    app.command(
+        "train", epilog="Example:  lookfar train recipes/tiny.toml --folder runs/tiny --set model.scheme=alibi"
+    )(train)
+
+
+def train(recipe: Recipe, folder: Folder = None, set_: Overrides = None) -> None:
+    """Train one run, then measure it. The same command goes on where it stopped."""
+    from lookfar import config
+    from lookfar.cli.progress import watching
+    from lookfar.cli.tables import show_rows
+    from lookfar.training.run import run_whole
+    from lookfar.training.train import Interrupted
+
+    place = folder_of(recipe, folder)
+    run = config.read(recipe, set_ or ())
+    try:
+        with watching() as watch:
+            rows = run_whole(run, place, watch)
+    except Interrupted as stop:
+        typer.echo(f"{stop} The same command goes on from there.", err=True)
+        raise typer.Exit(128 + stop.signal) from None
+    show_rows(rows)
+    typer.echo(f"The run is in {place}. Its report:  lookfar report {place}")

@@ -1,0 +1,156 @@
+"""Checkpoints: published whole by one rename, checked by their hashes, damaged ones passed over."""
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from lookfar import files, plugins
+from lookfar.config import Run
+from lookfar.errors import UserError
+from lookfar.model.decoder import Decoder
+from lookfar.training import folder as run_folder
+
+WEIGHTS, STATE, HASHES = "model.safetensors", "state.pt", "hashes.json"
+
+
+def save(folder: Path, update: int, model: Decoder, state: dict[str, Any]) -> Path:
+    """Publish `checkpoints/<update>`: the weights, and the state that training goes on from.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    final = folder / "checkpoints" / str(update)
+    aside = final.with_name(f".{update}-{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_model(model, str(aside / WEIGHTS))
+        torch.save(state, aside / STATE)
+        hashes = {name: files.digest(aside / name) for name in (WEIGHTS, STATE)}
+        (aside / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        for each in aside.iterdir():
+            files.sync(each)
+        if final.exists():  # a damaged one, or one that is written again
+            shutil.rmtree(final)
+        aside.rename(final)
+        files.sync_folder(final.parent)
+        manifest = read_manifest(folder)
+        files.write(folder / run_folder.MANIFEST, _spell({**manifest, "last": update}))
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint of update {update} could not be written to {final.parent} ({error}); "
+            f"earlier checkpoints are untouched. Make room and run the same command again."
+        ) from error
+    return final
+
+
+def finish(folder: Path, update: int) -> None:
+    """Note in the manifest that training is done."""
+    files.write(folder / run_folder.MANIFEST, _spell({**read_manifest(folder), "finished": update}))
+
+
+def note_best(folder: Path, update: int, loss: float) -> None:
+    """Note in the manifest which checkpoint has the lowest held-out loss."""
+    files.write(folder / run_folder.MANIFEST, _spell({**read_manifest(folder), "best": update, "best_loss": loss}))
+
+
+def thin(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the last `keep` and the best."""
+    best = read_manifest(folder).get("best")
+    for update in updates(folder)[:-keep]:
+        if update != best:
+            shutil.rmtree(folder / "checkpoints" / str(update), ignore_errors=True)
+
+
+def updates(folder: Path) -> list[int]:
+    """The updates after which there is a checkpoint, whole or not, in order."""
+    found = (folder / "checkpoints").glob("[0-9]*")
+    return sorted(int(each.name) for each in found if each.name.isdigit())
+
+
+def newest(folder: Path) -> int | None:
+    """The last update with a whole checkpoint; damaged ones are named in a warning and passed over."""
+    for update in reversed(updates(folder)):
+        damage = inspect(folder / "checkpoints" / str(update))
+        if damage is None:
+            return update
+        warnings.warn(f"{damage} It is passed over for the one before.", stacklevel=2)
+    return None
+
+
+def inspect(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a sentence; None: it is whole."""
+    try:
+        hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
+        wrong = [name for name in (WEIGHTS, STATE) if files.digest(checkpoint / name) != hashes.get(name)]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"The checkpoint {checkpoint} is damaged: {error}."
+    return f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is not what was written." if wrong else None
+
+
+def restore(folder: Path, update: int, model: Decoder) -> dict[str, Any]:
+    """Load the weights of a checkpoint into the model; the answer is its training state."""
+    checkpoint = folder / "checkpoints" / str(update)
+    load_model(model, str(checkpoint / WEIGHTS), device=str(model.embedding.weight.device))
+    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What is known of the run: `last` and `best` checkpoint, and `finished` once training is done."""
+    try:
+        manifest = json.loads((folder / run_folder.MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def load(folder: str | Path, *, which: str | int = "last", scheme: str | None = None, trust: bool = False) -> Decoder:
+    """The trained model of a run's folder, ready for use: `lookfar.load("runs/demo/alibi-s0")`.
+
+    Args:
+        folder: of the run.
+        which: `"last"`, `"best"`, or the number of updates of a checkpoint.
+        scheme: another scheme to run the same weights under; its parameters must have the same names and shapes.
+        trust: allow schemes of the user's own modules, which are imported and so executed.
+
+    Raises:
+        UserError: no run, no whole checkpoint, or code that is not trusted.
+    """
+    folder = Path(folder)
+    run, _ = run_folder.read(folder)
+    check_trust(run, trust)
+    if scheme is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"scheme": scheme})})
+    if which in ("last", "best"):
+        update = newest(folder) if which == "last" else read_manifest(folder).get("best")
+    else:
+        update = int(which)
+    if update is None or update not in updates(folder):
+        raise UserError(f"{folder} has no whole checkpoint {which!r}; it has: {updates(folder) or 'none'}.")
+    if damage := inspect(folder / "checkpoints" / str(update)):
+        raise UserError(damage)
+    model = Decoder(run.model)
+    try:
+        restore(folder, update, model)
+    except RuntimeError as error:
+        raise UserError(f"The weights of {folder} do not fit the scheme {run.model.scheme!r}: {error}") from error
+    return model.eval()
+
+
+def check_trust(run: Run, trust: bool) -> None:
+    """Refuse a scheme that would import the user's own modules, unless that is allowed."""
+    schemes = (run.model.scheme,) if isinstance(run.model.scheme, str) else run.model.scheme
+    foreign = [term.name for each in schemes for term in plugins.parse(each) if "." in term.name]
+    if foreign and not trust:
+        raise UserError(f"This run would execute the code of {foreign[0]!r}; allow it with trust=True (--trust).")
+
+
+def _spell(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()

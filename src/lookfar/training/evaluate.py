@@ -1,0 +1,69 @@
+"""Measures a finished run again."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from lookfar.config import DataConfig
+from lookfar.data.base import Split
+from lookfar.data.corpus import open_corpus
+from lookfar.data.text_file import read_text
+from lookfar.data.tokenizers import load_tokenizer
+from lookfar.evaluation.base import Progress, Row, Text
+from lookfar.training import folder as run_folder
+from lookfar.training.check import check
+from lookfar.training.checkpoint import load
+from lookfar.training.measure import as_text, measure, text_of
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    lengths: Sequence[int] | None = None,
+    wanted: Sequence[str] | None = None,
+    data: Path | None = None,
+    tokens: int | None = None,
+    scheme: str | None = None,
+    trust: bool = False,
+    progress: Progress = lambda what, part: None,
+) -> list[Row]:
+    """Measure a run at `lengths` in the `wanted` protocols and write the rows into its folder.
+
+    Args:
+        folder: of the run; its last whole checkpoint is measured.
+        lengths, wanted: by default the run's own.
+        data: a UTF-8 text file to measure on; by default the held-out split of the run's corpus.
+        tokens: most tokens to score per length, by default the run's.
+        scheme: run the same weights under another scheme.
+        trust: allow schemes of the user's own modules.
+    """
+    run, _ = run_folder.read(folder)
+    changes = {"lengths": lengths and tuple(lengths), "protocols": wanted and tuple(wanted), "tokens": tokens}
+    given = {key: value for key, value in changes.items() if value}
+    evaluation = type(run.evaluation)(**{**run.evaluation.model_dump(), **given})
+    model = run.model if scheme is None else run.model.model_copy(update={"scheme": scheme})
+    run = run.model_copy(update={"evaluation": evaluation, "model": model})
+    decoder = load(folder, scheme=scheme, trust=trust)
+    check(run)
+    with run_folder.claim(folder):
+        text = _own(folder, run.data, run.evaluation.split) if data is None else _other(folder, data)
+        return measure(
+            decoder,
+            text,
+            run,
+            folder,
+            lengths=run.lengths,
+            wanted=run.evaluation.protocols,
+            progress=progress,
+        )
+
+
+def _own(folder: Path, data: DataConfig, split: Split) -> Text:
+    return text_of(open_corpus(data, tokenizer=load_tokenizer(folder)), split)
+
+
+def _other(folder: Path, file: Path) -> Text:
+    tokenizer = load_tokenizer(folder)
+    content = read_text(file)
+    label = f"{file.name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    return as_text(tokenizer.encode(content), tokenizer, label)

@@ -1,0 +1,121 @@
+"""A run's folder: its recipe, its log, its rows, and the one process that may work in it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lookfar
+from lookfar import config, files
+from lookfar.config import Run
+from lookfar.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where a folder is not held
+    fcntl = None
+
+RECIPE, LOG, ROWS, MANIFEST = "run.toml", "log.jsonl", "rows.jsonl", "manifest.json"
+
+FREE = (  # what may change when a run goes on
+    "evaluation",
+    "data.cache",
+    "model.device",
+    "training.checkpoint_every",
+    "training.keep",
+    "training.evaluate_every",
+)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it: a second process that asks for it is told."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written ({error.strerror}); choose another.") from error
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"Another process works in {folder}; wait for it, or choose another folder.") from error
+        yield
+
+
+def settle(folder: Path, run: Run, label: str) -> None:
+    """Write the recipe of a new run; for one that is there already, refuse what would make it another run."""
+    file = folder / RECIPE
+    if not file.exists():
+        versions = {
+            "lookfar": lookfar.__version__,
+            "torch": torch.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "data": label,
+        }
+        files.write(file, config.write_toml({**run.model_dump(), "versions": versions}).encode())
+        return
+    before, label_before = read(folder)
+    changed = [key for key in _differences(before.model_dump(), run.model_dump()) if not _is_free(key, run)]
+    if changed:
+        told = ", ".join(f"{key} ({_at(before, key)} -> {_at(run, key)})" for key in changed)
+        raise UserError(f"{folder} holds a run with other settings: {told}. Restore them, or choose another folder.")
+    if label_before != label:
+        raise UserError(f"{folder} was trained on {label_before}; the text is now {label}. Choose another folder.")
+
+
+def read(folder: Path) -> tuple[Run, str]:
+    """The recipe of a run, and the label of its data.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    if not (folder / RECIPE).exists():
+        raise UserError(f"{folder} is not a run's folder: it has no {RECIPE}.")
+    content = config.read_toml(folder / RECIPE)
+    versions = content.pop("versions", {})
+    return config.build(content), str(versions.get("data", ""))
+
+
+def add_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into the folder's file; a row of the same measurement is replaced."""
+    kept = {_key(row): row for row in files.read_lines(folder / ROWS)}
+    kept.update({_key(row): row for row in rows})
+    files.write_lines(folder / ROWS, kept.values())
+
+
+def trim_log(folder: Path, update: int) -> None:
+    """Forget what was logged after this many updates: it is done again."""
+    lines = files.read_lines(folder / LOG)
+    files.write_lines(folder / LOG, [line for line in lines if line.get("update", 0) <= update])
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(part) for part in ("scheme", "data", "protocol", "length", "metric", "count"))
+
+
+def _is_free(key: str, run: Run) -> bool:
+    horizon = key == "training.updates" and run.training.schedule == "constant" and run.training.warmup is not None
+    return horizon or any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(prefix + key)
+    return sorted(found)
+
+
+def _at(run: Run, key: str) -> Any:
+    value: Any = run
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,27 @@
+"""A whole run: trained to its end, then measured."""
+
+from pathlib import Path
+
+from lookfar import files
+from lookfar.config import Run
+from lookfar.data.corpus import open_corpus
+from lookfar.evaluation.base import Row
+from lookfar.training import folder as run_folder
+from lookfar.training.measure import measure, text_of
+from lookfar.training.train import Watch, train
+
+
+def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None) -> list[Row]:
+    """Train and measure; what is done already is not done again. The answer is all rows of the folder."""
+    model = train(run, folder, watch)
+    corpus = open_corpus(run.data)
+    measure(
+        model,
+        text_of(corpus, run.evaluation.split),
+        run,
+        folder,
+        lengths=run.lengths,
+        wanted=run.evaluation.protocols,
+        progress=lambda what, part: watch({"event": "evaluation", "what": what, "part": part}),
+    )
+    return files.read_lines(folder / run_folder.ROWS)

@@ -1,0 +1,202 @@
+"""The training loop."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lookfar.config import Run
+from lookfar.data.corpus import Corpus, open_corpus
+from lookfar.data.packing import Lines
+from lookfar.errors import UserError
+from lookfar.evaluation import protocols
+from lookfar.evaluation.perplexity import Perplexity
+from lookfar.model.decoder import Decoder
+from lookfar.training import checkpoint, optimizers
+from lookfar.training import folder as run_folder
+from lookfar.training.check import check
+from lookfar.training.measure import about, text_of
+from lookfar.training.precision import autocast
+from lookfar.training.schedules import rate
+
+Watch = Callable[[dict[str, Any]], None]  # told what happens, as flat events
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and has saved what it did."""
+
+    def __init__(self, update: int, number: int) -> None:
+        super().__init__(f"Interrupted after {update} updates; all of them are saved.")
+        self.update, self.signal = update, number
+
+
+def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
+    """Train a run to its end, from its last checkpoint where there is one; the answer is the trained model.
+
+    Raises:
+        UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite.
+        Interrupted: SIGINT or SIGTERM came; the run is saved and the same call goes on from there.
+    """
+    check(run)
+    with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
+        corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
+        run = with_vocabulary(run, corpus)
+        config = run.training
+        lines = Lines(corpus.tokens("train"), context=run.model.context, seed=config.seed)
+        run_folder.settle(folder, run, corpus.label)
+        corpus.tokenizer.save(folder)
+        torch.manual_seed(config.seed)
+        model = Decoder(run.model).train()
+        optimizer = optimizers.adamw(model, config)
+        first, seconds = _resume(folder, model, optimizer)
+        watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
+        started = time.monotonic() - seconds
+        with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
+            for update in range(first, config.updates):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.rate * rate(update, config)
+                loss = _accumulate(model, lines, update, run)
+                if not math.isfinite(loss):
+                    raise UserError(_not_finite(folder, update, loss, config.batch))
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds, done = time.monotonic() - started, update + 1
+                line = {
+                    "update": done,
+                    "loss": loss,
+                    "rate": optimizer.param_groups[0]["lr"],
+                    "norm": float(norm),
+                    "tokens": done * config.batch * run.model.context,
+                    "seconds": round(seconds, 3),
+                }
+                _write(log, line)
+                watch({"event": "update", "updates": config.updates, **line})
+                if config.evaluate_every and done % config.evaluate_every == 0:
+                    _write(log, {"update": done, "valid_loss": _held_out(model, corpus, run)})
+                due = done == config.updates or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                if due or asked:
+                    _save(folder, done, model, optimizer, seconds, config.keep)
+                if asked and done < config.updates:
+                    raise Interrupted(done, asked[0])
+        checkpoint.finish(folder, config.updates)
+        run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
+        return model.eval()
+
+
+def with_vocabulary(run: Run, corpus: Corpus) -> Run:
+    """The run with the vocabulary of its tokenizer, where it names none."""
+    size, wanted = corpus.tokenizer.vocabulary, run.model.vocabulary
+    if wanted is not None and wanted < size:
+        raise UserError(f"model.vocabulary ({wanted}) is smaller than the tokenizer's ({size}); leave it out.")
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocabulary": wanted or size})})
+
+
+def count_parameters(model: Decoder) -> int:
+    """How many numbers are learned; shared ones count once."""
+    return sum(each.numel() for each in model.parameters())
+
+
+def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
+    """The gradients and the mean loss of one batch, a piece at a time."""
+    config, device, total = run.training, model.embedding.weight.device, 0.0
+    size = config.batch // config.accumulation
+    for piece in range(config.accumulation):
+        tokens = torch.from_numpy(lines.batch(update * config.batch + piece * size, size)).to(device)
+        with autocast(config.precision, run.model.dtype, device):
+            logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / config.accumulation
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _resume(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Go on from the newest whole checkpoint: updates done, and seconds spent on them."""
+    update = checkpoint.newest(folder)
+    run_folder.trim_log(folder, update or 0)
+    if update is None:
+        return 0, 0.0
+    state = checkpoint.restore(folder, update, model)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if torch.cuda.is_available() and state["random_cuda"] is not None:
+        torch.cuda.set_rng_state(state["random_cuda"])
+    return update, float(state["seconds"])
+
+
+def _save(
+    folder: Path, update: int, model: Decoder, optimizer: torch.optim.Optimizer, seconds: float, keep: int
+) -> None:
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "seconds": seconds,
+    }
+    checkpoint.save(folder, update, model, state)
+    checkpoint.thin(folder, keep)
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Collects the signals that ask to stop, so that the update is finished and saved; a second one acts at once."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # only the main thread hears signals
+        before.clear()
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
+    model.eval()
+    with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
+        rows = Perplexity().measure(
+            model,
+            text_of(corpus, "valid"),
+            length=run.model.context,
+            protocol=protocols.find("non_overlapping(tokens=16384)"),
+            progress=lambda what, part: None,
+        )
+    model.train()
+    return next(row["value"] for row in rows if row["metric"] == "loss")
+
+
+def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, seconds: float) -> list[dict[str, Any]]:
+    tokens = run.training.updates * run.training.batch * run.model.context
+    values = {"parameters": count_parameters(model), "training_seconds": seconds, "tokens_per_second": tokens / seconds}
+    row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
+    return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
+
+
+def _write(log: Any, line: dict[str, Any]) -> None:
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+
+
+def _not_finite(folder: Path, update: int, loss: float, batch: int) -> str:
+    last = checkpoint.newest(folder)
+    saved = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {folder}/checkpoints/{last}"
+    return (
+        f"The loss of update {update} is {loss} (lines {update * batch} to {(update + 1) * batch - 1} of the order of "
+        f"training); {saved}. Try a lower training.rate or a longer training.warmup."
+    )
