@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -63,7 +63,7 @@ class ModelConfig(_Settings):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of the parameters
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "ModelConfig":
         if self.head_width is None and self.width % self.heads:
             near = min((n for n in range(1, self.width + 1) if self.width % n == 0), key=lambda n: abs(n - self.heads))
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width}); try heads={near}")
@@ -105,7 +105,7 @@ class TrainingConfig(_Settings):
     evaluate_every: Count | None = None  # held-out loss during training
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _fits(self) -> "TrainingConfig":
         if self.batch % self.accumulation:
             raise ValueError(f"accumulation ({self.accumulation}) must divide batch ({self.batch})")
         if self.warmup is not None and self.warmup > self.updates:

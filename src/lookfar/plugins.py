@@ -66,7 +66,8 @@ def check(thing: Callable[..., Any], term: Term) -> dict[str, Any]:
     checked = {}
     for key, value in term.settings.items():
         if key not in known:
-            raise UserError(f"{term.name!r} has no setting {key!r}. {nearest(key, list(known))}")
+            hint = nearest(key, list(known)) if known else "It has none."
+            raise UserError(f"{term.name!r} has no setting {key!r}. {hint}")
         try:
             checked[key] = TypeAdapter(known[key]).validate_python(value, strict=isinstance(value, bool))
         except ValidationError as error:

@@ -9,7 +9,7 @@ A leading `#` marks an axis that may be 1 where all rows of the batch are alike.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -48,7 +48,7 @@ class Sight:
         documents: Int[Tensor, "b k"] | None = None,
         window: int | None = None,
         device: torch.device | str | None = None,
-    ) -> Self:
+    ) -> "Sight":
         """The last `queries` (by default all) of a sequence of `tokens`, each seeing what came before and itself.
 
         Args:
@@ -113,7 +113,7 @@ class Sight:
             seen = seen & (self.query_documents[:, :, None] == keys_of) & (keys_of >= 0) | (behind == 0)
         return seen[:, None]
 
-    def rows(self, start: int, stop: int) -> Self:
+    def rows(self, start: int, stop: int) -> "Sight":
         """The queries from `start` to `stop`, against only the keys that one of them can see by order and window."""
         last = min(self.first_key + self.keys, self.first_query + stop)
         first = self.first_key

@@ -2,22 +2,39 @@
 
 import sys
 import warnings
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import lookfar
 from lookfar.cli import evaluate, explain, methods, report, study, train
 from lookfar.errors import UserError
 
 app = typer.Typer(
     name="lookfar",
-    help="Train decoder-only transformers at a short length, and see how far each position encoding reaches beyond it.",
     epilog="First steps:  lookfar train recipes/tiny.toml --folder runs/tiny   then   lookfar report runs/tiny",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lookfar {lookfar.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Train decoder-only transformers at a short length, and see how far each position encoding reaches beyond it."""
+
+
 for verb in (study, train, evaluate, report, methods, explain):
     verb.add(app)
 

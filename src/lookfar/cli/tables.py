@@ -10,9 +10,10 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | Non
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_style="", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index >= len(columns) - right else "left", overflow="fold")
+        number = index >= len(columns) - right
+        table.add_column(column, justify="right" if number else "left", no_wrap=number or index == 0)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     Console(highlight=False, markup=False).print(table)

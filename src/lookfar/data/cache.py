@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lookfar.errors import UserError
+from lookfar.files import sync
 
 _PREFIX = ".building-"
 _STALE = 24 * 3600  # seconds without a write, after which a build is taken for dead
@@ -41,7 +42,7 @@ def publish(folder: Path, build: Callable[[Path], None], whole: Callable[[Path],
             built.mkdir()
             build(built)
             for file in built.iterdir():
-                _sync(file)
+                sync(file)
             _move(built, folder, whole)
     except OSError as error:
         reason = error.strerror or error
@@ -49,17 +50,6 @@ def publish(folder: Path, build: Callable[[Path], None], whole: Callable[[Path],
             f"The cache folder {folder.parent} cannot be written ({reason}); "
             "set data.cache or $LOOKFAR_CACHE to a folder with room for it."
         ) from error
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        _sync(aside)
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _move(built: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
@@ -76,11 +66,6 @@ def _move(built: Path, folder: Path, whole: Callable[[Path], bool]) -> None:
         with suppress(FileNotFoundError):  # another process has moved it aside
             folder.rename(built.with_name(f"damaged-{damaged}"))
         damaged += 1
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
 
 
 def _sweep(parent: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int64, UInt
+from jaxtyping import Int64, Integer, UInt
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lookfar.data.cache import write
 from lookfar.errors import UserError
+from lookfar.files import write
 
 Tokens = UInt[np.ndarray, "_"]  # of the narrowest unsigned type that holds the vocabulary
 
@@ -50,7 +50,7 @@ class Tokenizer(ABC):
         """The tokens of several texts."""
 
     @abstractmethod
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
         """The text of tokens; bytes that are not UTF-8, such as half a character, become U+FFFD."""
 
     def encode(self, text: str) -> Tokens:
@@ -81,7 +81,7 @@ class BytesTokenizer(Tokenizer):
         """The tokens of several texts, each `uint8`."""
         return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
         """The text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return bytes(int(token) for token in tokens).decode("utf-8", "replace")
 
@@ -113,7 +113,7 @@ class BpeTokenizer(Tokenizer):
                 part.append(np.array(each.ids, self.dtype))
         return [np.concatenate(part) for part in parts]
 
-    def decode(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
         """The text of tokens, the separator written as `<|endoftext|>`."""
         return self._model.decode([int(token) for token in tokens], skip_special_tokens=False)
 

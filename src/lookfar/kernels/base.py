@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -26,7 +25,7 @@ class Call:
     consecutive: bool = True  # positions are 0, 1, 2, …
 
     @classmethod
-    def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> Self:
+    def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> "Call":
         """The facts of a call with these tensors."""
         needing = (queries, keys, values, *scheme.parameters())
         return cls(

@@ -10,7 +10,8 @@ from lookfar.attention.scheme import Scheme
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-ENTRIES = 1 << 20  # of the score square, over batch and heads, that are held at once
+ENTRIES = 1 << 20  # of the score square, over batch and heads, that a chunk holds
+WHOLE = 1 << 22  # entries up to which the square is held at once, and nothing is computed twice
 
 
 class Chunked(Kernel):
@@ -19,8 +20,8 @@ class Chunked(Kernel):
     With gradients each chunk is computed again in the backward pass, so that nothing of a chunk is kept.
     """
 
-    def __init__(self, *, entries: int = ENTRIES) -> None:
-        self.entries = entries
+    def __init__(self, *, entries: int = ENTRIES, whole: int = WHOLE) -> None:
+        self.entries, self.whole = entries, whole
 
     def refusal(self, scheme: Scheme, call: Call) -> str | None:
         return None
@@ -33,8 +34,9 @@ class Chunked(Kernel):
         sight: Sight,
         scheme: Scheme,
     ) -> Float[Tensor, "b h q v"]:
-        chunk = self.rows(queries.shape[0] * queries.shape[1], sight)
-        if chunk >= sight.queries:
+        maps = queries.shape[0] * queries.shape[1]
+        chunk = self.rows(maps, sight)
+        if chunk >= sight.queries or maps * sight.queries * sight.keys <= self.whole:
             return reference.attend(queries, keys, values, sight, scheme)
         gradients = torch.is_grad_enabled()
         outputs = []

@@ -13,7 +13,7 @@ effect, whether it is masked or absent.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Self, final
+from typing import Annotated, ClassVar, final
 
 import torch
 from annotated_types import Ge, Gt
@@ -77,7 +77,7 @@ class Site:
     biased: bool = False  # whether a bias is added to the scores here
     embedding_scale: float = 0.02  # standard deviation of a fresh token embedding
 
-    def sharing_bias(self) -> Self:
+    def sharing_bias(self) -> "Site":
         """The same site for a bias or sink that all maps of a head share."""
         return replace(self, heads=replace(self.heads, score_heads=self.heads.heads, maps=1))
 
@@ -97,7 +97,7 @@ class Method(nn.Module, ABC):
         """Why the method is not exact under this sight, in words; None: it is."""
         return None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Method":
         """Follow every move and cast, but never below float32: what feeds scores is small and must stay exact."""
 
         def cast(tensor: Tensor) -> Tensor:

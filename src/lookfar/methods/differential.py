@@ -1,7 +1,6 @@
 """Differential Transformer V1: the difference of two softmax maps cancels the noise that they share."""
 
 import math
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -37,7 +36,7 @@ class Differential(HeadMerge):
         self.weight = nn.Parameter(torch.ones(site.heads.value_width))
 
     @classmethod
-    def heads(cls: type[Self], heads: int, groups: int, head_width: int) -> Heads:
+    def heads(cls, heads: int, groups: int, head_width: int) -> Heads:
         if heads % 2 or groups % 2:
             raise UserError(f"differential halves heads ({heads}) and groups ({groups}): both must be even.")
         return Heads(heads, groups, groups // 2, head_width, 2 * head_width, maps=2)

@@ -81,7 +81,7 @@ def newest(folder: Path) -> int | None:
         damage = inspect(folder / "checkpoints" / str(update))
         if damage is None:
             return update
-        warnings.warn(f"{damage} It is passed over for the one before.", stacklevel=2)
+        warnings.warn(f"{damage} It is passed over.", stacklevel=2)
     return None
 
 

@@ -45,11 +45,11 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
         Interrupted: SIGINT or SIGTERM came; the run is saved and the same call goes on from there.
     """
     check(run)
+    corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
+    run = with_vocabulary(run, corpus)
+    config = run.training
+    lines = Lines(corpus.tokens("train"), context=run.model.context, seed=config.seed)
     with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
-        corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
-        run = with_vocabulary(run, corpus)
-        config = run.training
-        lines = Lines(corpus.tokens("train"), context=run.model.context, seed=config.seed)
         run_folder.settle(folder, run, corpus.label)
         corpus.tokenizer.save(folder)
         torch.manual_seed(config.seed)
@@ -86,6 +86,8 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
                     _save(folder, done, model, optimizer, seconds, config.keep)
                 if asked and done < config.updates:
                     raise Interrupted(done, asked[0])
+        if config.updates == 0:
+            _save(folder, 0, model, optimizer, seconds, config.keep)
         checkpoint.finish(folder, config.updates)
         run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
         return model.eval()
@@ -183,7 +185,7 @@ def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
 
 def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, seconds: float) -> list[dict[str, Any]]:
     tokens = run.training.updates * run.training.batch * run.model.context
-    values = {"parameters": count_parameters(model), "training_seconds": seconds, "tokens_per_second": tokens / seconds}
+    values = {"parameters": count_parameters(model), "training_seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
     row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
     return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
 

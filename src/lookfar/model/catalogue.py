@@ -1,0 +1,72 @@
+"""The catalogue of methods: what each is and what it costs, found by building it."""
+
+from dataclasses import dataclass
+
+from lookfar import plugins
+from lookfar.attention.scheme import build_scheme
+from lookfar.kernels import Call, explain
+from lookfar.methods.base import HeadMerge, InputEncoding, Method, QueryKeyEncoding, ScoreBias, ScoreMap, Sink
+
+COLUMNS = ("name", "kind", "paper", "what it adds", "parameters", "kernels")
+HEADS, HEAD_WIDTH, CONTEXT = 12, 64, 512  # of the layer that the catalogue builds
+
+KINDS = {
+    InputEncoding: "input encoding",
+    QueryKeyEncoding: "query and key encoding",
+    ScoreBias: "score bias",
+    ScoreMap: "score map",
+    Sink: "sink",
+    HeadMerge: "head merge",
+}
+
+NOPE = """nope (the empty scheme)
+
+Adds no position encoding: order is known from the causal mask alone.
+
+Kazemnejad et al., 2023, arXiv 2305.19466.
+
+    weights = softmax(q · k / √head_width)
+
+It is what remains when a scheme names no method; beside other methods it changes nothing.
+
+No settings.
+
+Parameters of its own: 0.
+Kernels that take it: all."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue."""
+
+    name: str
+    kind: str
+    paper: str
+    adds: str
+    parameters: str  # in one layer of HEADS heads of HEAD_WIDTH
+    kernels: str  # that take it with gradients on a CPU, preferred first
+
+
+def describe(name: str) -> Entry:
+    """The entry of one method."""
+    thing = plugins.find("methods", name)
+    if not issubclass(thing, Method):
+        raise TypeError(f"{name} is not a method.")
+    kind = next(words for base, words in KINDS.items() if issubclass(thing, base))
+    scheme = build_scheme(name, heads=HEADS, head_width=HEAD_WIDTH, context=CONTEXT)
+    count = sum(each.numel() for each in scheme.parameters())
+    willing = [kernel for kernel, refusal in explain(scheme, Call(queries=CONTEXT, keys=CONTEXT)) if refusal is None]
+    shared = " (all layers)" if thing.shared and count else ""
+    return Entry(name, kind, thing.paper, thing.adds, f"{count:,}{shared}", ", ".join(willing))
+
+
+def table() -> list[tuple[str, ...]]:
+    """A line for each method, in the order of COLUMNS."""
+    entries = [describe(name) for name in plugins.names("methods")]
+    return [(each.name, each.kind, each.paper, each.adds, each.parameters, each.kernels) for each in entries]
+
+
+def markdown() -> str:
+    """The table as Markdown, as in the README."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *((f"`{name}`", *rest) for name, *rest in table())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
