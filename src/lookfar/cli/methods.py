@@ -22,14 +22,15 @@ def methods(
     from lookfar.model import catalogue
 
     if name is not None:
-        typer.echo(_page(name))
+        typer.echo(page(name))
     elif markdown:
         typer.echo(catalogue.markdown())
     else:
         show(catalogue.COLUMNS, catalogue.table(), "Methods; combine them as in 'kerple + dape_v2(kernel=3)'")
 
 
-def _page(name: str) -> str:
+def page(name: str) -> str:
+    """The page of one method."""
     from lookfar import plugins
     from lookfar.model import catalogue
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +44,7 @@ class DapeV2(ScoreMap):
         seen = compact.hide(rows.gather(rows.with_bias(scores)))
         if self.repair == "paper":
             seen = F.pad(seen, (0, self.reach))
+        seen = seen.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         hidden = F.leaky_relu(self.first(seen))
         if self.repair == "hidden":
             hidden = compact.hide(hidden)

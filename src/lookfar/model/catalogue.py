@@ -66,7 +66,8 @@ def table() -> list[tuple[str, ...]]:
     return [(each.name, each.kind, each.paper, each.adds, each.parameters, each.kernels) for each in entries]
 
 
-def markdown() -> str:
-    """The table as Markdown, as in the README."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *((f"`{name}`", *rest) for name, *rest in table())]
+def markdown(pages: str | None = None) -> str:
+    """The table as Markdown; names link to their pages in the folder `pages`."""
+    named = [(f"`{name}`" if pages is None else f"[`{name}`]({pages}{name}.md)", *rest) for name, *rest in table()]
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *named]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -149,7 +149,7 @@ def _save(
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """Collects the signals that ask to stop, so that the update is finished and saved; a second one acts at once."""
+    """Collects the signals that ask to stop: the update is finished and saved first; a second signal acts at once."""
     asked: list[int] = []
     before: dict[int, Any] = {}
 

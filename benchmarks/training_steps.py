@@ -1,0 +1,107 @@
+"""Whole training steps: lookfar beside Llama of transformers and x-transformers, at the same sizes and optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.measure import seconds
+from lookfar.config import ModelConfig
+from lookfar.model.decoder import Decoder, hidden_width
+
+LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, BATCH = 4, 256, 4, 256, 512, 16
+SCHEMES = ("nope", "rope", "alibi", "t5", "kerple", "rope + stable_mask", "rope + differential")
+
+
+def run(repeats: int) -> list[dict[str, Any]]:
+    """Tokens per second of each model, and the ratio to `nope` in the same run."""
+    models: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {}
+    for scheme in SCHEMES:
+        model = Decoder(_config(scheme))
+        models[f"lookfar {scheme}"] = model, model
+    models["transformers Llama (sdpa)"] = _llama()
+    models["x-transformers (flash, rotary)"] = _x_transformers()
+    tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    steps = {name: _step(model, forward, tokens) for name, (model, forward) in models.items()}
+    times = seconds(steps, repeats)
+    return [
+        {
+            "model": name,
+            "parameters": sum(each.numel() for each in models[name][0].parameters()),
+            "tokens_per_second": BATCH * LENGTH / time,
+            "speed_over_llama": times["transformers Llama (sdpa)"] / time,
+            "speed_over_x_transformers": times["x-transformers (flash, rotary)"] / time,
+            "time_over_nope": time / times["lookfar nope"],
+            "length": LENGTH,
+            "batch": BATCH,
+            "layers": LAYERS,
+            "width": WIDTH,
+        }
+        for name, time in times.items()
+    ]
+
+
+def _config(scheme: str) -> ModelConfig:
+    return ModelConfig(
+        vocabulary=VOCABULARY, width=WIDTH, layers=LAYERS, heads=HEADS, context=LENGTH, scheme=scheme, device="cpu"
+    )
+
+
+def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _llama() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=hidden_width(_config("rope")),
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            max_position_embeddings=LENGTH,
+            attn_implementation="sdpa",
+            tie_word_embeddings=True,
+            use_cache=False,
+        )
+    )
+    return model, lambda tokens: model(tokens).logits
+
+
+def _x_transformers() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from x_transformers import Decoder as Layers
+    from x_transformers import TransformerWrapper
+
+    model = TransformerWrapper(
+        num_tokens=VOCABULARY,
+        max_seq_len=LENGTH,
+        use_abs_pos_emb=False,
+        tie_embedding=True,
+        attn_layers=Layers(
+            dim=WIDTH,
+            depth=LAYERS,
+            heads=HEADS,
+            attn_dim_head=WIDTH // HEADS,
+            rotary_pos_emb=True,
+            attn_flash=True,
+            use_rmsnorm=True,
+            ff_glu=True,
+            ff_swish=True,
+            ff_no_bias=True,
+            ff_mult=hidden_width(_config("rope")) / WIDTH,
+        ),
+    )
+    return model, model

@@ -1,0 +1,5 @@
+"""`python -m lookfar` is the command `lookfar`."""
+
+from lookfar.cli import main
+
+main()
