@@ -5,9 +5,10 @@ import tempfile
 
 from jaxtyping import install_import_hook
 
+os.environ["OMP_NUM_THREADS"] = "1"  # also in what tests start
 os.environ["LOOKFAR_CACHE"] = os.environ.get("LOOKFAR_TEST_CACHE") or tempfile.mkdtemp(prefix="lookfar-tests-")
 install_import_hook("lookfar", "beartype.beartype")
 
 import torch  # noqa: E402  # after the hook
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)

@@ -36,12 +36,12 @@ SHAPES = (
     "M-0.6,-1.05L0,-0.5L0.6,-1.05L1.05,-0.6L0.5,0L1.05,0.6L0.6,1.05L0,0.5L-0.6,1.05L-1.05,0.6L-0.5,0L-1.05,-0.6Z",  # x
     "M1.05,0L-0.85,1.1V-1.1Z",  # triangle to the right
 )
-DASHES = ((1, 0), (6, 2.5), (2, 2), (8, 2.5, 2, 2.5))
+DASHES = ((1.0, 0.0), (6.0, 2.5), (2.0, 2.0), (8.0, 2.5, 2.0, 2.5))
 ARROW = "M0,-1.1L0.75,0.3H0.25V1.1H-0.25V0.3H-0.75Z"
 CROSS = SHAPES[7]
 
 HEIGHT = 300  # of a panel, in pixels
-LINE = 14  # between two labels
+LINE = 14.0  # between two labels
 POINTS = 400  # of one run in a loss curve, at most
 
 
@@ -81,11 +81,11 @@ def perplexity(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.Layer
     return [_perplexity_panel(protocol, each, frame, rows[0], looks) for protocol, each in points.items()]
 
 
-def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> alt.LayerChart | None:
-    """Training loss against updates: that of every run faint, on top a running median of each series over its seeds."""
+def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
+    """Training loss against updates, one panel or none: that of every run faint, its running median over seeds bold."""
     histories = [finite for finite in map(_finite, histories) if finite["update"]]
     if not histories:
-        return None
+        return []
     most = max(100, min(POINTS, POINTS * 15 // len(histories)))
     curves = [_smoothed(series, each) for series, each in _grouped(histories, "series").items()]
     x = alt.X(
@@ -94,46 +94,49 @@ def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> alt.LayerChart 
         scale=alt.Scale(domain=[0, max(curve["update"][-1] for curve in curves)], nice=False),
         axis=alt.Axis(grid=False, tickCount=6, format=",d"),
     )
+    faint = max(0.07, min(0.25, 4 / len(histories)))
     axes = _Axes(x, "update", _loss_frame([curve["smooth"] for curve in curves]), "training loss (nats)")
     tooltip = [alt.Tooltip("series:N", title="scheme"), alt.Tooltip("last:Q", title="last running median")]
     layers = [
         _shown([_thinned(history, most) for history in histories])
         .transform_flatten(["update", "loss"])
         .mark_line(clip=True, strokeWidth=0.6)
-        .encode(x, axes.y("loss"), _colour(looks), detail="run:N", opacity=_opacity(0.2)),
+        .encode(x, axes.y("loss"), _colour(looks), detail="run:N", opacity=_opacity(faint)),
         _shown(curves)
         .transform_flatten(["update", "smooth"])
         .mark_line(clip=True, strokeWidth=1.8)
-        .encode(x, axes.y("smooth"), _colour(looks), _dash(looks), opacity=_opacity(1), tooltip=tooltip),
+        .encode(x, axes.y("smooth"), _colour(looks), _dash(looks), opacity=_opacity(), tooltip=tooltip),
     ]
-    ends = [{"series": c["series"], "label": c["series"], "x": c["update"][-1], "value": c["last"]} for c in curves]
+    ends = [
+        {"series": c["series"], "label": _short(c["series"]), "x": c["update"][-1], "value": c["last"]} for c in curves
+    ]
     chart = alt.LayerChart(layer=[*layers, *_labels(ends, axes, looks)])
-    return chart.properties(height=_height(ends), width="container")
+    return [chart.properties(height=_height(ends), width="container")]
 
 
-def sheet(
-    groups: Sequence[tuple[str, Sequence[alt.LayerChart]]], names: Iterable[str], width: int = 900
-) -> dict[str, Any]:
-    """The panels on paper: those of a group side by side where they fit into the width, groups below each other.
+def specification(chart: alt.LayerChart) -> dict[str, Any]:
+    """A panel in Vega-Lite, as wide as its container; its parameters name the series to hide and the one to light."""
+    parameters = [{"name": "hidden", "value": []}, {"name": "lit", "value": ""}]
+    return {**chart.to_dict(validate=False), "params": parameters, "config": theme()}
 
-    `names` are the series, for which the margin leaves room; the result is a specification in Vega-Lite.
+
+def sheet(groups: Sequence[tuple[str, Sequence[Row]]], names: Iterable[str], width: int = 900) -> dict[str, Any]:
+    """Specified panels on paper: those of a group side by side where they fit into the width, groups below each other.
+
+    A group is its title and its panels; `names` are the series, for which the margins leave room.
     """
-    margin = 90 + 5.7 * max(len(name) + 7 for name in names)
+    margin = 90 + 5.7 * max(len(_short(name)) + 7 for name in names)
     blocks = []
-    for title, panels in groups:
-        columns = min(len(panels), max(1, int(width // (200 + margin))))
-        each = int(max(200, min(480, width / columns - margin)))
-        rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-        lines = [alt.hconcat(*(panel.properties(width=each) for panel in row), spacing=12) for row in rows]
-        block = alt.vconcat(*lines, spacing=24)
-        blocks.append(block.properties(title=alt.TitleParams(title, fontSize=14, offset=12)) if title else block)
-    chart = alt.vconcat(*blocks, spacing=36).add_params(*_params())
-    return {**chart.to_dict(), "background": "white", "config": theme()}
-
-
-def interactive(panel: alt.LayerChart) -> dict[str, Any]:
-    """The panel for a page: as wide as its container, with parameters that name the series to hide and to light."""
-    return panel.add_params(*_params()).to_dict()
+    for title, each in groups:
+        columns = min(len(each), max(1, int(width // (200 + margin))))
+        size = {"width": int(max(200, min(480, width / columns - margin)))}
+        inner = [{key: panel[key] for key in ("layer", "height", "title") if key in panel} | size for panel in each]
+        lines = [{"hconcat": inner[start : start + columns], "spacing": 12} for start in range(0, len(inner), columns)]
+        block = {"vconcat": lines, "spacing": 24}
+        several = {"title": {"text": title, "fontSize": 14, "offset": 12}} if len(groups) > 1 else {}
+        blocks.append(block | several)
+    shared = {key: groups[0][1][0][key] for key in ("$schema", "params", "config")}
+    return {**shared, "background": "white", "vconcat": blocks, "spacing": 36}
 
 
 def theme() -> dict[str, Any]:
@@ -142,9 +145,11 @@ def theme() -> dict[str, Any]:
 
 
 def readable(value: float, digits: int = 3) -> str:
-    """A number as a reader wants it: `digits` significant ones, thousands parted, never an exponent."""
+    """A number as a reader wants it: `digits` significant ones, thousands parted, an exponent from ten millions on."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
+    if abs(value) >= 1e7:
+        return f"{value:.{digits - 1}e}".replace("e+0", "e").replace("e+", "e")
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{decimals}f}"
 
@@ -180,12 +185,19 @@ def smoothing(updates: int) -> int:
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers in a range of a log axis: the coarsest ladder that has at least four of them."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for ladder in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+    for ladder in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 5, 7),
+        (1, 1.5, 2, 3, 4, 5, 6, 8),
+        (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9),
+    ):
         found = [step * 10.0**decade for decade in decades for step in ladder if low <= step * 10.0**decade <= high]
         if len(found) >= 4:
-            return found
+            return found[:: math.ceil(len(found) / 10)]
     size = 10.0 ** math.floor(math.log10((high - low) / 2))
-    size = next(each * size for each in (5, 2, 1) if (high - low) / (each * size) >= 4)
+    size = next(each * size for each in (5, 2, 1, 0.5) if (high - low) / (each * size) >= 4)
     return [round(size * index, 10) for index in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
@@ -230,7 +242,7 @@ def _perplexity_panel(
         ),
     )
     axes = _Axes(x, "length", frame, f"perplexity per {row['unit']}")
-    look, shape = {"color": _colour(looks), "opacity": _opacity(1)}, _shape(looks)
+    look, shape = {"color": _colour(looks), "opacity": _opacity()}, _shape(looks)
     finite = [point for point in points if point["piece"] is not None]
     lost = [{**point, "value": frame[1], "beyond": point["mean"]} for point in points if point["piece"] is None]
     trained = alt.Chart(alt.Data(values=[{"length": context, "text": "trained length"}])).encode(x)
@@ -247,10 +259,10 @@ def _perplexity_panel(
         .mark_point(filled=True, size=60, shape=ARROW)
         .encode(x, axes.y("value"), tooltip=_tooltip(_BEYOND), **look),
         _shown(lost)
-        .mark_point(filled=True, size=26, shape=CROSS)
+        .mark_point(filled=True, size=30, shape=CROSS)
         .encode(x, axes.y("value"), tooltip=_tooltip(_BEYOND), **look),
         _shown([point for point in finite if point["value"] <= frame[1]])
-        .mark_point(filled=True, size=26)
+        .mark_point(filled=True, size=30)
         .encode(x, axes.y("value"), shape=shape, tooltip=_tooltip(_POINT), **look),
     ]
     ends = [_end(each, frame[1]) for each in _grouped(points, "series").values()]
@@ -268,15 +280,16 @@ def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
             finite = all(math.isfinite(value) and value > 0 for value in values)
             piece += not finite
             counts = sorted({row["count"] for row in each})
+            value = (values[0] if len(values) == 1 else geometric_mean(values)) if finite else None
             points.append(
                 {
                     "series": series,
                     "length": length,
                     "factor": f"{length / each[0]['context']:.3g}×",
-                    "value": geometric_mean(values) if finite else None,
+                    "value": value,
                     "low": min(values) if finite else None,
                     "high": max(values) if finite else None,
-                    "mean": readable(geometric_mean(values), 6) if finite else _unfinite(values),
+                    "mean": _unfinite(values) if value is None else readable(value, 6),
                     "seeds": ", ".join(f"{row['seed']}: {readable(row['value'], 6)}" for row in each),
                     "count": " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)]),
                     "piece": f"{series} {piece}" if finite else None,
@@ -317,12 +330,16 @@ def _departures(points: Sequence[dict[str, Any]], top: float) -> list[dict[str, 
 
 def _end(points: Sequence[dict[str, Any]], top: float) -> dict[str, Any]:
     """The label at the end of a curve; what lies outside the frame is told in numbers."""
-    last, series = points[-1], points[-1]["series"]
+    last, series, label = points[-1], points[-1]["series"], _short(points[-1]["series"])
     if last["piece"] is None:
-        return {"series": series, "label": f"{series} × {last['mean']}", "x": None, "value": math.inf}
+        return {"series": series, "label": f"{label} × {last['mean']}", "x": None, "value": math.inf}
     if last["value"] > top:
-        return {"series": series, "label": f"{series} ↑ {readable(last['value'])}", "x": None, "value": last["value"]}
-    return {"series": series, "label": series, "x": last["length"], "value": last["value"]}
+        return {"series": series, "label": f"{label} ↑ {readable(last['value'])}", "x": None, "value": last["value"]}
+    return {"series": series, "label": label, "x": last["length"], "value": last["value"]}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else f"{name[:16]}…{name[-15:]}"
 
 
 def _labels(ends: Sequence[dict[str, Any]], axes: _Axes, looks: Mapping[str, Look]) -> list[alt.Chart]:
@@ -333,24 +350,24 @@ def _labels(ends: Sequence[dict[str, Any]], axes: _Axes, looks: Mapping[str, Loo
     wanted = [(math.log(end["value"]) - low) / (high - low) * height for end in ends]
     places = [
         {**end, "place": math.exp(low + place / height * (high - low)), axes.field: end["x"]}
-        for end, place in zip(ends, spread(wanted, LINE, 0, height), strict=True)
+        for end, place in zip(ends, spread(wanted, LINE, 0.0, float(height)), strict=True)
     ]
-    look = {"color": _colour(looks), "opacity": _opacity(1)}
+    look = {"color": _colour(looks), "opacity": _opacity()}
     return [
         _shown([place for place in places if place["x"] is not None])
         .mark_rule(strokeWidth=0.7, x2Offset=13)
         .encode(axes.x, axes.y("value"), x2=edge, y2="place:Q", color=_colour(looks), opacity=_opacity(0.6)),
         _shown(places)
-        .mark_point(filled=True, size=26, xOffset=19)
+        .mark_point(filled=True, size=30, xOffset=19)
         .encode(axes.y("place"), x=edge, shape=_shape(looks), **look),
         _shown(places)
         .mark_text(align="left", xOffset=28, style="label")
-        .encode(axes.y("place"), x=edge, text="label:N", opacity=_opacity(1)),
+        .encode(axes.y("place"), x=edge, text="label:N", opacity=_opacity()),
     ]
 
 
 def _height(ends: Sequence[Any]) -> int:
-    return max(HEIGHT, LINE * len(ends))
+    return max(HEIGHT, int(LINE * len(ends)))
 
 
 def _finite(history: Row) -> dict[str, Any]:
@@ -388,15 +405,11 @@ def _shown(values: Sequence[Any]) -> alt.Chart:
     return alt.Chart(data).transform_filter("indexof(hidden, datum.series) < 0")
 
 
-def _params() -> list[alt.Parameter]:
-    return [alt.param(name="hidden", value=[]), alt.param(name="lit", value="")]
-
-
 def _tooltip(titles: Mapping[str, str]) -> list[alt.Tooltip]:
     return [alt.Tooltip(field, title=title) for field, title in titles.items()]
 
 
-def _opacity(value: float) -> Any:
+def _opacity(value: float = 1.0) -> Any:
     return alt.condition("lit == '' || lit == datum.series", alt.value(value), alt.value(value * 0.12))
 
 
