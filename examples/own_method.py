@@ -22,10 +22,10 @@ class Root(DistanceBias):
         return -self.strength * wide(distances).abs().sqrt().expand(self.count, -1)
 
 
-Root.__module__ = "root"  # stands for a file root.py on Python's path
-sys.modules["root"] = ModuleType("root")
-sys.modules["root"].Root = Root
+Root.__module__ = "mine.root"  # stands for a file mine/root.py on Python's path
+sys.modules["mine.root"] = ModuleType("mine.root")
+sys.modules["mine.root"].Root = Root
 
-scheme = lookfar.build_scheme("root(strength=0.5) + stable_mask", heads=4, head_width=16)
+scheme = lookfar.build_scheme("mine.root(strength=0.5) + stable_mask", heads=4, head_width=16)
 queries, keys, values = torch.randn(3, 1, 4, 100, 16)
 print(lookfar.attend(queries, keys, values, scheme=scheme).shape)

@@ -38,6 +38,7 @@ def test_the_method_of_the_guide_works(tmp_path, monkeypatch):
     import lookfar
 
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs/adding_a_method.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "root_of_the_guide.py").write_text(code[1], encoding="utf-8")
+    (tmp_path / "of_the_guide").mkdir()
+    (tmp_path / "of_the_guide" / "root.py").write_text(code[1], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    assert lookfar.build_scheme("root_of_the_guide(strength=2)", heads=2, head_width=8).biases
+    assert lookfar.build_scheme("of_the_guide.root(strength=2)", heads=2, head_width=8).biases

@@ -15,7 +15,8 @@ import pytest
 
 from lookfar.errors import UserError
 from lookfar.study import figures
-from lookfar.study.report import collect, name_series, write_report
+from lookfar.study.records import collect, name_series
+from lookfar.study.report import write_report
 
 NASTY = '</script><b>bold & "quoted"</b>'
 EXPLODES = {64: 6.0, 128: 60.0, 256: 600.0}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lookfar import plugins
-from lookfar.attention.scheme import build_scheme
+from lookfar.attention.scheme import Scheme, build_scheme
 from lookfar.kernels import Call, explain
 from lookfar.methods.base import HeadMerge, InputEncoding, Method, QueryKeyEncoding, ScoreBias, ScoreMap, Sink
 
@@ -55,14 +55,21 @@ def describe(name: str) -> Entry:
     kind = next(words for base, words in KINDS.items() if issubclass(thing, base))
     scheme = build_scheme(name, heads=HEADS, head_width=HEAD_WIDTH, context=CONTEXT)
     count = sum(each.numel() for each in scheme.parameters())
-    willing = [kernel for kernel, refusal in explain(scheme, Call(queries=CONTEXT, keys=CONTEXT)) if refusal is None]
     shared = " (all layers)" if thing.shared and count else ""
-    return Entry(name, kind, thing.paper, thing.adds, f"{count:,}{shared}", ", ".join(willing))
+    return Entry(name, kind, thing.paper, thing.adds, f"{count:,}{shared}", _willing(scheme))
+
+
+def describe_nope() -> Entry:
+    """The entry of the empty scheme."""
+    scheme = build_scheme("nope", heads=HEADS, head_width=HEAD_WIDTH)
+    return Entry(
+        "nope", "the empty scheme", "Kazemnejad et al., 2023, arXiv 2305.19466", "nothing", "0", _willing(scheme)
+    )
 
 
 def table() -> list[tuple[str, ...]]:
     """A line for each method, in the order of COLUMNS."""
-    entries = [describe(name) for name in plugins.names("methods")]
+    entries = [describe_nope(), *(describe(name) for name in plugins.names("methods"))]
     return [(each.name, each.kind, each.paper, each.adds, each.parameters, each.kernels) for each in entries]
 
 
@@ -71,3 +78,8 @@ def markdown(pages: str | None = None) -> str:
     named = [(f"`{name}`" if pages is None else f"[`{name}`]({pages}{name}.md)", *rest) for name, *rest in table()]
     lines = [COLUMNS, tuple("---" for _ in COLUMNS), *named]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _willing(scheme: Scheme) -> str:
+    answers = explain(scheme, Call(device="cpu", queries=CONTEXT, keys=CONTEXT))
+    return ", ".join(kernel for kernel, refusal in answers if refusal is None)

@@ -308,7 +308,7 @@ def _frame(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
     series = _grouped(points, "series").values()
     low, high = min(point["low"] for point in points), max(point["high"] for point in points)
     usual = 3 * median(min(point["value"] for point in each) for each in series)
-    usual = max(usual, median(max(point["high"] for point in each) for each in series))
+    usual = max(usual, 10 * low, median(max(point["high"] for point in each) for each in series))
     top = high if high <= 1.5 * usual else usual
     return low / 1.05, max(top, low * 1.2) * 1.05
 

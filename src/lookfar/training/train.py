@@ -185,7 +185,11 @@ def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
 
 def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, seconds: float) -> list[dict[str, Any]]:
     tokens = run.training.updates * run.training.batch * run.model.context
-    values = {"parameters": count_parameters(model), "training_seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    values = {
+        "parameters": count_parameters(model),
+        "training_seconds": seconds,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+    }
     row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
     return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
 

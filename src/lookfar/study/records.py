@@ -1,0 +1,205 @@
+"""Reads runs from folders: their rows, the losses of their training, and which of them can be compared."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from lookfar import files
+from lookfar.config import read_toml
+from lookfar.errors import UserError
+
+Row = Mapping[str, Any]
+Group = tuple[str, int, str]  # data, trained length and unit: only what shares them can be compared
+
+FILES = ("run.toml", "rows.jsonl", "error.txt")  # one of them makes a folder a run
+METRICS = ("perplexity", "parameters", "tokens_per_second", "training_seconds")
+KEYS = {"scheme": str, "seed": int, "data": str, "protocol": str, "length": int, "count": int, "context": int}
+INDIFFERENT = {  # settings that leave the numbers of a run what they are
+    *("training.seed", "training.checkpoint_every", "training.keep", "training.evaluate_every"),
+    *("model.device", "data.cache"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is left of a run: the rows of one scheme and seed, and the log of the training."""
+
+    folder: Path
+    source: Path  # the folder that was named: this one, or the study around it
+    name: str
+    scheme: str
+    seed: int | None
+    settings: Mapping[str, Any]
+    rows: Sequence[Row]
+    losses: Mapping[int, float]  # by update
+    failure: str  # the last line of error.txt
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows of perplexity."""
+        return [row for row in self.rows if row["metric"] == "perplexity"]
+
+    @property
+    def groups(self) -> list[Group]:
+        """Where its perplexities can be compared."""
+        return list(dict.fromkeys((row["data"], row["context"], row["unit"]) for row in self.measured))
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of `run.toml`, or None."""
+        return self.settings.get(section, {}).get(key)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be compared, on one axis and in one column."""
+
+    group: Group
+    records: Sequence[Record]
+    rows: Sequence[Row]  # with `series`, the name of their curve
+    histories: Sequence[Row]  # `series`, `run`, `update` and `loss` of each run that was trained here
+
+    @property
+    def title(self) -> str:
+        """The group in words."""
+        data, context, unit = self.group
+        return f"{data}, trained at {context:,} tokens, perplexity per {unit}"
+
+
+def collect(folders: Sequence[Path]) -> list[Record]:
+    """The runs in folders that are a run or hold some, each once, in the order of the folders and of their names."""
+    found: dict[Path, list[Record]] = {}
+    for source in map(Path, folders):
+        if not source.is_dir():
+            raise UserError(f"There is no folder {source}.")
+        runs = list(_runs_in(source))
+        if not runs:
+            raise UserError(f"There are no runs in {source}: neither it nor a folder in it has run.toml or rows.jsonl.")
+        for folder in runs:
+            if folder.resolve() not in found:
+                found[folder.resolve()] = _read(folder, source)
+    if not found:
+        raise UserError("There is nothing to report; name the folder of a run or of a study.")
+    return [record for records in found.values() for record in records]
+
+
+def name_series(records: Sequence[Record]) -> list[str]:
+    """Name the curve of every run: its scheme, and its folder too where runs would be taken for each other.
+
+    Runs share a curve, with a band over seeds, only if nothing but the seed tells them apart.
+    """
+    names = [record.scheme for record in records]
+    for finer in (
+        [record.source.resolve().name for record in records],
+        [record.folder.resolve().name for record in records],
+        [f"{record.folder}/{record.name}" for record in records],
+    ):
+        alike = [(a, b) for a, b in combinations(range(len(records)), 2) if names[a] == names[b]]
+        mixed = {names[a] for a, b in alike if not _may_share(records[a], records[b])}
+        names = [
+            f"{record.scheme} · {place}" if name in mixed else name
+            for record, name, place in zip(records, names, finer, strict=True)
+        ]
+    return names
+
+
+def _may_share(one: Record, other: Record) -> bool:
+    """Whether two runs of a scheme are seeds of one thing, or never stand on one axis."""
+
+    def decisive(record: Record) -> dict[str, Any]:
+        sections = {name: record.settings.get(name, {}) for name in ("model", "data", "training")}
+        settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        return {key: value for key, value in settings.items() if key not in INDIFFERENT}
+
+    if one.groups and other.groups and not set(one.groups) & set(other.groups):
+        return True
+    return one.seed != other.seed and decisive(one) == decisive(other)
+
+
+def _runs_in(source: Path) -> Iterator[Path]:
+    """The folder itself if it is a run; the runs in it if it is a study; it again if it only has rows."""
+    if (source / "run.toml").is_file():
+        yield source
+        return
+    inside = [folder for folder in sorted(source.iterdir()) if any((folder / file).is_file() for file in FILES)]
+    yield from inside or ([source] if (source / "rows.jsonl").is_file() else [])
+
+
+def _read(folder: Path, source: Path) -> list[Record]:
+    """The runs of a folder: one, unless its rows have several schemes or seeds; the trained one comes first."""
+    settings = read_toml(folder / "run.toml") if (folder / "run.toml").is_file() else {}
+    lines = files.read_lines(folder / "log.jsonl")
+    losses = {line["update"]: float(line["loss"]) for line in lines if "update" in line and "loss" in line}
+    error = folder / "error.txt"
+    failure = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
+
+    runs: dict[tuple[str, str, int | None], list[Row]] = {}
+    for row in sorted(_read_rows(folder / "rows.jsonl"), key=lambda row: row["protocol"] != "training"):
+        runs.setdefault((row.get("run", folder.name), row["scheme"], row["seed"]), []).append(row)
+    if not runs:
+        scheme = settings.get("model", {}).get("scheme", folder.name)
+        spelled = scheme if isinstance(scheme, str) else " | ".join(scheme)
+        runs = {(folder.name, spelled, settings.get("training", {}).get("seed")): []}
+    return [
+        Record(folder, source, *run, settings, rows, {} if place else losses, failure.rpartition("\n")[2])
+        for place, (run, rows) in enumerate(runs.items())
+    ]
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of known metrics; of one measurement that which scored most, of such the last."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    for number, line in enumerate(files.read_lines(path), start=1):
+        if line.get("metric") in METRICS:
+            row = _checked(line, f"{path}, line {number}")
+            key = tuple(row.get(name) for name in ("run", "metric", "unit", *KEYS) if name != "count")
+            kept[key] = max(row, kept.get(key, row), key=lambda row: row["count"])
+    return list(kept.values())
+
+
+def _checked(row: dict[str, Any], place: str) -> Row:
+    for key, kind in KEYS.items():
+        if not isinstance(row.get(key), kind):
+            stated = f"{key!r} is {row[key]!r}" if key in row else f"{key!r} is missing"
+            wanted = "text" if kind is str else "a whole number"
+            raise UserError(f"{place}, is not a row: {stated}; it must be {wanted}.")
+    try:
+        value = math.nan if row["value"] is None else float(row["value"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{place}, is not a row: 'value' is {row.get('value')!r}; it must be a number.") from error
+    return {"unit": "token", **row, "value": value}
+
+
+def parts_of(records: Sequence[Record], names: Sequence[str]) -> list[Part]:
+    """The groups that runs were trained in, then those in which they were measured besides."""
+    homes = [_home(record, records) for record in records]
+    groups = dict.fromkeys([*homes, *(group for record in records for group in record.groups)])
+    parts = []
+    for group in groups:
+        there, rows, histories = [], [], []
+        for record, name, home in zip(records, names, homes, strict=True):
+            if group in (home, *record.groups):
+                there.append(record)
+                about_training = [row for row in record.rows if row["metric"] != "perplexity"]
+                measured = [row for row in record.measured if (row["data"], row["context"], row["unit"]) == group]
+                rows += [{**row, "series": name} for row in (*about_training, *measured)]
+            if group == home:
+                drawn = {"update": list(record.losses), "loss": list(record.losses.values())}
+                histories.append({"series": name, "run": f"{record.folder}/{record.name}", **drawn})
+        parts.append(Part(group, there, rows, histories))
+    return parts
+
+
+def _home(record: Record, records: Sequence[Record]) -> Group:
+    """The group of the data and length that a run was trained at, measured by whichever run."""
+    trained = [(row["data"], row["context"]) for row in record.rows if row["protocol"] == "training"]
+    trained += [(record.setting("versions", "data"), record.setting("model", "context"))]
+    for group in [group for each in (record, *records) for group in each.groups]:
+        if group[:2] == trained[0]:
+            return group
+    if record.groups:
+        return record.groups[0]
+    data, context = trained[0]
+    return str(data or record.setting("data", "source") or "data unknown"), context or 0, "token"
