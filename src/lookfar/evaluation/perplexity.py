@@ -16,7 +16,7 @@ from lookfar.evaluation.base import Measurement, Progress, Row, Text
 from lookfar.evaluation.protocols import Protocol, Window
 from lookfar.model.decoder import Decoder
 
-TOGETHER = 1 << 14  # tokens of the windows that are read at once
+TOGETHER = 1 << 12  # tokens of the windows that are read at once
 LOGITS = 1 << 23  # entries of the logits that are held at once
 
 
