@@ -125,19 +125,17 @@ def results(attend, given, sight, scheme):
     return {"outputs": outputs.detach(), **dict(zip(names, zero, strict=True))}
 
 
-@pytest.fixture(params=["as they are", "small chunks"])
-def willing(request, monkeypatch):
-    """The kernels that take a call, as they are or cutting it into many pieces."""
-    if request.param == "small chunks":
-        monkeypatch.setattr(square, "CHUNK", 5)
-        found = {"square": KERNELS["square"], "chunked": Chunked(entries=1)}
-    else:
-        found = KERNELS
+CUT = ["thirteen", "a block and one", "window", "interleaved in a window", "prefill chunk in documents"]
 
-    def ask(scheme, call):
-        return {name: kernel for name, kernel in found.items() if kernel.refusal(scheme, call) is None}
 
-    return ask
+@pytest.fixture(params=[*SHAPES, *(f"{place}, cut small" for place in CUT)])
+def shape_and_kernels(request, monkeypatch):
+    """A call, and the kernels for it: as they are, or made to cut it into many pieces."""
+    place, *small = request.param.split(", ")
+    if not small:
+        return SHAPES[place], KERNELS
+    monkeypatch.setattr(square, "CHUNK", 5)
+    return SHAPES[place], {"square": KERNELS["square"], "chunked": Chunked(entries=1)}
 
 
 def call_of(given, sight, scheme):
@@ -149,18 +147,17 @@ def narrows_the_sink(name, scheme):
     return name == "square" and bool(scheme.sinks) and not scheme.biases
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("expression", SOME)
-def test_every_kernel_is_the_definition(expression, shape, willing):
-    shape = SHAPES[shape]
+def test_every_kernel_is_the_definition(expression, shape_and_kernels):
+    shape, some = shape_and_kernels
     scheme, sight = scheme_of(expression, shape).double(), shape.sight()
     if scheme.refusal(sight):
         return
     given = tensors(scheme, shape.tokens, shape.batch, shape.queries)
     expected = results(reference.attend, given, sight, scheme)
-    found = willing(scheme, call_of(given, sight, scheme))
-    assert "chunked" in found
-    for name, kernel in found.items():
+    willing = {n: each for n, each in some.items() if each.refusal(scheme, call_of(given, sight, scheme)) is None}
+    assert "chunked" in willing
+    for name, kernel in willing.items():
         if narrows_the_sink(name, scheme):
             continue
         for what, value in results(kernel.attend, given, sight, scheme).items():
