@@ -94,7 +94,7 @@ class Sight:
         window: int | None = None,
         device: torch.device | str | None = None,
     ) -> "Sight":
-        """Every token sees what is before and after it, at most `window` - 1 tokens away. For arguments see `causal`."""
+        """Every token sees before and after it, at most `window` - 1 tokens away. For arguments see `causal`."""
         sight = cls.causal(tokens, positions=positions, documents=documents, window=window, device=device)
         return replace(sight, ahead=True)
 
@@ -172,7 +172,7 @@ class Rows:
         return torch.cat([scores, self.bias.to(scores.dtype).expand_as(scores)], dim=1)
 
     def compact(self) -> "Rows":
-        """The same rows with the keys of each in compact order: those it sees, in token order, itself last; then the rest.
+        """The same rows in compact order of their keys: those that a query sees, in token order, itself last; then the rest.
 
         A map across neighbouring keys works on this order. Where the visible keys are neighbours anyway, nothing moves.
         Only `visible` is meaningful in the answer; move scores with `gather` and back with `scatter`.

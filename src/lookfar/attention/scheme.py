@@ -117,7 +117,7 @@ class Scheme(nn.Module):
     def merge(
         self, outputs: Float[Tensor, "b h q v"], x: Float[Tensor, "b q d"] | None = None
     ) -> Float[Tensor, "b h2 q v"]:
-        """One output per head from the outputs of all score heads; `x` is the input of the layer, for merges that ask."""
+        """One output per head from those of all score heads; `x` is the input of the layer, for merges that ask."""
         if not self.merges:
             return outputs
         maps = outputs.unflatten(1, (self.heads.maps, self.heads.heads)).transpose(1, 2)  # b h q v -> b h m q v

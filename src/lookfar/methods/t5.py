@@ -21,8 +21,8 @@ class T5(DistanceBias):
                     buckets/2 + ⌊buckets/2 · ln(2r/buckets) / ln(2·farthest/buckets)⌋    beyond, at most buckets - 1
 
     All distances of `farthest` and more share the last bucket. One table serves all layers unless `shared=false`.
-    `scale` names the convention: `scaled` scales scores by head_width^-½, as everywhere here; `original` scales nothing,
-    as in T5; `multiplied` scales scores and multiplies the table by √head_width, as in GPT-NeoX and x-transformers.
+    `scale` names the convention: `scaled` scales scores by head_width^-½, as everywhere here; `original` scales
+    nothing, as in T5; `multiplied` scales scores and multiplies the table by √head_width, as in GPT-NeoX and x-transformers.
     """
 
     paper = "Raffel et al., 2020, arXiv 1910.10683"
