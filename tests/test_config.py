@@ -118,22 +118,22 @@ def test_plain_content_survives_toml(content):
     assert {key: type(value) for key, value in read_again.items()} == {k: type(v) for k, v in content.items()}
 
 
-def test_what_is_none_is_left_out_of_toml():
-    assert write_toml({"a": None, "b": {"c": None, "d": 1}}) == "[b]\nd = 1\n"
+def test_none_is_a_word_in_toml():
+    assert write_toml({"a": None, "b": {"c": None, "d": 1}}) == 'a = "none"\n\n[b]\nc = "none"\nd = 1\n'
 
 
 def test_a_pattern_of_windows_can_be_written_in_toml():
     model = ModelConfig(window=(8, None), layers=4)
     assert [layer_window(model, layer) for layer in range(4)] == [8, None, 8, None]
     assert build(tomllib.loads(write_toml({"model": model.model_dump()}))).model == model
-    assert build({}, ["model.window=[8, 0]"]).model == ModelConfig(window=(8, None))
+    assert build({}, ["model.window=[8, 'none']"]).model == ModelConfig(window=(8, None))
 
 
 def test_not_to_clip_can_be_written_in_toml():
     unclipped = TrainingConfig(clip=None)
     assert not unclipped.clip
     assert build(tomllib.loads(write_toml({"training": unclipped.model_dump()}))).training == unclipped
-    assert build({}, ["training.clip=none"]).training == build({}, ["training.clip=0"]).training == unclipped
+    assert build({}, ["training.clip=none"]).training == unclipped
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -269,7 +269,7 @@ def test_a_recipe_that_cannot_be_read_is_told(tmp_path):
     with pytest.raises(UserError, match="is a folder; name a TOML file"):
         read(tmp_path)
     (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
-    with pytest.raises(UserError, match=r"is not valid TOML: .*position 9"):
+    with pytest.raises(UserError, match=r"is not UTF-8: byte 9 does not decode"):
         read(tmp_path / "latin.toml")
 
 

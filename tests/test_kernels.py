@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+from collections import defaultdict
 from dataclasses import dataclass
 
 import pytest
@@ -124,19 +125,17 @@ def results(attend, given, sight, scheme):
     return {"outputs": outputs.detach(), **dict(zip(names, zero, strict=True))}
 
 
-@pytest.fixture(params=["as they are", "small chunks"])
-def willing(request, monkeypatch):
-    """The kernels that take a call, as they are or cutting it into many pieces."""
-    if request.param == "small chunks":
-        monkeypatch.setattr(square, "CHUNK", 5)
-        found = {"square": KERNELS["square"], "chunked": Chunked(entries=1)}
-    else:
-        found = KERNELS
+CUT = ["thirteen", "a block and one", "window", "interleaved in a window", "prefill chunk in documents"]
 
-    def ask(scheme, call):
-        return {name: kernel for name, kernel in found.items() if kernel.refusal(scheme, call) is None}
 
-    return ask
+@pytest.fixture(params=[*SHAPES, *(f"{place}, cut small" for place in CUT)])
+def shape_and_kernels(request, monkeypatch):
+    """A call, and the kernels for it: as they are, or made to cut it into many pieces."""
+    place, *small = request.param.split(", ")
+    if not small:
+        return SHAPES[place], KERNELS
+    monkeypatch.setattr(square, "CHUNK", 5)
+    return SHAPES[place], {"square": KERNELS["square"], "chunked": Chunked(entries=1)}
 
 
 def call_of(given, sight, scheme):
@@ -148,18 +147,17 @@ def narrows_the_sink(name, scheme):
     return name == "square" and bool(scheme.sinks) and not scheme.biases
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("expression", SOME)
-def test_every_kernel_is_the_definition(expression, shape, willing):
-    shape = SHAPES[shape]
+def test_every_kernel_is_the_definition(expression, shape_and_kernels):
+    shape, some = shape_and_kernels
     scheme, sight = scheme_of(expression, shape).double(), shape.sight()
     if scheme.refusal(sight):
         return
     given = tensors(scheme, shape.tokens, shape.batch, shape.queries)
     expected = results(reference.attend, given, sight, scheme)
-    found = willing(scheme, call_of(given, sight, scheme))
-    assert "chunked" in found
-    for name, kernel in found.items():
+    willing = {n: each for n, each in some.items() if each.refusal(scheme, call_of(given, sight, scheme)) is None}
+    assert "chunked" in willing
+    for name, kernel in willing.items():
         if narrows_the_sink(name, scheme):
             continue
         for what, value in results(kernel.attend, given, sight, scheme).items():
@@ -178,7 +176,6 @@ def test_square_keeps_a_sink_in_double():
 
 NARROW = ["nope", *lookfar.names("methods"), "kerple + stable_mask", "alibi + rope + differential", "dape_v2 + t5"]
 NARROW_SHAPES = ["thirteen", "a block and one", "long", "interleaved in a window", "decode", "prefill chunk"]
-DRAWS = 4
 
 
 def without_effect(name, scheme):
@@ -191,21 +188,24 @@ def wide(given):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", NARROW_SHAPES)
 @pytest.mark.parametrize("expression", NARROW)
-def test_every_kernel_is_as_exact_as_the_definition(expression, shape, dtype):
-    shape = SHAPES[shape]
-    scheme, sight = scheme_of(expression, shape), shape.sight()
-    draws = [tensors(scheme, shape.tokens, shape.batch, shape.queries, seed, dtype) for seed in range(DRAWS)]
-    true = [results(reference.attend, wide(given), sight, copy.deepcopy(scheme).double()) for given in draws]
-    definition = [results(reference.attend, given, sight, scheme) for given in draws]
-    for name, kernel in KERNELS.items():
-        if kernel.refusal(scheme, call_of(draws[0], sight, scheme)) is None:
-            found = [results(kernel.attend, given, sight, scheme) for given in draws]
-            for what in true[0]:
-                if not without_effect(what, scheme):
-                    three = ([each[what] for each in draws] for draws in (found, definition, true))
-                    assert_as_good(*three, dtype, f"{what} of {name}")
+def test_every_kernel_is_as_exact_as_the_definition(expression, dtype):
+    """Over two draws of several shapes: the error of one call is a matter of luck."""
+    found, definition, true = defaultdict(list), defaultdict(list), defaultdict(list)
+    for place, seed in itertools.product(NARROW_SHAPES, range(2)):
+        scheme, sight = scheme_of(expression, shape := SHAPES[place]), SHAPES[place].sight()
+        given = tensors(scheme, shape.tokens, shape.batch, shape.queries, seed, dtype)
+        exact = results(reference.attend, wide(given), sight, copy.deepcopy(scheme).double())
+        defined = results(reference.attend, given, sight, scheme)
+        for name, kernel in KERNELS.items():
+            if kernel.refusal(scheme, call_of(given, sight, scheme)) is None:
+                for what, value in results(kernel.attend, given, sight, scheme).items():
+                    if not without_effect(what, scheme):
+                        found[name, what].append(value)
+                        definition[name, what].append(defined[what])
+                        true[name, what].append(exact[what])
+    for name, what in found:
+        assert_as_good(found[name, what], definition[name, what], true[name, what], dtype, f"{what} of {name}")
 
 
 def few_keys_left_over(name, dtype, tokens):
@@ -224,7 +224,7 @@ far = [
         if few_keys_left_over(name, dtype, tokens)
         else [],
     )
-    for name in ("sdpa", "square", "chunked")
+    for name in ("sdpa", "square")
     for dtype in (torch.float32, torch.bfloat16)
     for tokens in (257, 258, 2049, 2050, 16385, 16386)
 ]
@@ -235,13 +235,13 @@ def test_alibi_near_the_diagonal_is_as_exact_far_from_the_start(name, dtype, tok
     """The last rows of a long sequence: a position that is rounded would move their nearest keys."""
     shape = Shape(tokens, queries=16, heads=6, groups=6, head_width=16)
     scheme, sight = scheme_of("alibi", shape), shape.sight()
-    given = tensors(scheme, tokens, 1, 16, dtype=dtype)
-    assert KERNELS[name].refusal(scheme, call_of(given, sight, scheme)) is None
-    true = results(reference.attend, wide(given), sight, copy.deepcopy(scheme).double())
-    definition = results(reference.attend, given, sight, scheme)
-    found = results(KERNELS[name].attend, given, sight, scheme)
-    for what in true:
-        assert_as_good([found[what]], [definition[what]], [true[what]], dtype, what)
+    draws = [tensors(scheme, tokens, 1, 16, seed, dtype) for seed in range(3)]
+    assert KERNELS[name].refusal(scheme, call_of(draws[0], sight, scheme)) is None
+    true = [results(reference.attend, wide(given), sight, copy.deepcopy(scheme).double()) for given in draws]
+    definition = [results(reference.attend, given, sight, scheme) for given in draws]
+    found = [results(KERNELS[name].attend, given, sight, scheme) for given in draws]
+    for what in true[0]:
+        assert_as_good(*([each[what] for each in kind] for kind in (found, definition, true)), dtype, what)
 
 
 @torch.no_grad()

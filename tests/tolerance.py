@@ -28,14 +28,11 @@ def assert_near(actual, expected, what=""):
 
 
 def assert_as_good(actual, definition, true, dtype, what=""):
-    """Over some draws, no further from the truth than twice the definition in `dtype`, and two rounding units.
-
-    One unit for what goes in and one for what comes out. Errors are means over the draws: one draw is a matter of luck.
-    """
+    """In the mean of some draws, no further off than twice the definition in `dtype` and one rounding unit."""
     largest = max(sum(each.detach().abs().max().item() for each in true), 1e-30)
 
     def mean(found):
         return sum(error(one, each) * each.abs().max().item() for one, each in zip(found, true, strict=True)) / largest
 
-    found, allowed = mean(actual), 2 * mean(definition) + 2 * unit(dtype)
+    found, allowed = mean(actual), 2 * mean(definition) + unit(dtype)
     assert found <= allowed, f"{what}: off by {found:.3g}, more than {allowed:.3g}"

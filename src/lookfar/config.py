@@ -50,8 +50,12 @@ class ModelConfig(_Settings):
     hidden: Count | None = None  # width of the feed-forward layer; None: 8/3 width for swiglu, 4 width for gelu
     context: Count = 128  # tokens per training sequence
     positions: Count | None = None  # size of a learned table; None: context
-    scheme: str | tuple[str, ...] = "rope"  # several: a pattern that cycles over the layers
-    window: Count | tuple[Count | None, ...] | None = None  # tokens that a query sees, itself included; None: all
+    scheme: str | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "rope"  # several: a pattern that cycles over the layers
+    )
+    window: Count | Annotated[tuple[Count | None, ...], Field(min_length=1)] | None = (
+        None  # tokens that a query sees, itself included; None: all
+    )
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied: bool = True  # one matrix embeds tokens and predicts them
     qk_norm: bool = False
@@ -165,22 +169,26 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"There is no recipe {path}.") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; name a TOML file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte {error.start} does not decode.") from error
+    except tomllib.TOMLDecodeError as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        end = f"at line {len(lines)}, column {len(lines[-1]) + 1}"
+        raise UserError(f"{path} is not valid TOML: {str(error).replace('at end of document', end)}.") from error
 
 
 def build(content: dict[str, Any], overrides: Iterable[str] = (), kind: type[Run] = Run) -> Any:
-    """A checked run of plain content, with overrides applied first."""
+    """A checked run of plain content, with overrides applied first; the word "none" stands for None."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{override!r} is not an override; write it as 'training.updates=40'.")
         content = _put(content, key.strip().split("."), _literal(text.strip()), key.strip())
-    return kind(**content)
+    return kind(**_with_none(content))
 
 
 def write_toml(content: dict[str, Any]) -> str:
-    """Plain content as TOML: tables of plain values; None is left out."""
+    """Plain content as TOML: tables of plain values; None is written as "none", which `build` reads."""
     lines = [f"{key} = {_toml(value)}" for key, value in content.items() if _is_plain(value)]
     for key, value in content.items():
         if isinstance(value, dict):
@@ -242,12 +250,23 @@ def _literal(text: str) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is not None and not isinstance(value, dict)
+    return not isinstance(value, dict)
+
+
+def _with_none(value: Any) -> Any:
+    """The value with every word "none" in it as None."""
+    if isinstance(value, dict):
+        return {key: _with_none(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_with_none(each) for each in value)
+    return None if value == "none" else value
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(each) for each in value) + "]"
-    if isinstance(value, str | bool):
-        return json.dumps(value)
-    return str(value)
+    if value is None:
+        return '"none"'
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value) if isinstance(value, bool) else str(value)

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from keyword import iskeyword
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -35,7 +36,7 @@ def parse(expression: str) -> list[Term]:
     """Read `a + b(setting=value)` as its terms. A bare word is a string; `true`, `false` and `none` are themselves."""
     try:
         tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(f"{expression!r} is not an expression; write it as 'kerple + dape_v2(kernel=3)'.") from error
     return [_term(node, expression) for node in _summands(tree)]
 
@@ -113,7 +114,7 @@ def _things(module_name: str, room: str) -> list[type]:
 def _find_foreign(room: str, name: str) -> type:
     try:
         things = _things(name, room)
-    except ModuleNotFoundError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise UserError(f"{name!r} cannot be imported ({error}); it must be a module on Python's path.") from error
     if len(things) != 1:
         raise UserError(f"{name!r} must define exactly one public {_noun(room)}; it defines {len(things)}.")
@@ -155,11 +156,12 @@ def _value(node: ast.expr, expression: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(node.id, node.id)
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{ast.unparse(node)!r} in {expression!r} is not a value; write a number or a word.") from error
 
 
 def _spell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    return value if isinstance(value, str) and value.isidentifier() else repr(value)
+    plain = isinstance(value, str) and value.isascii() and value.isidentifier() and not iskeyword(value)
+    return value if plain and value not in ("true", "false", "none") else repr(value)

@@ -17,7 +17,7 @@ from lookfar.evaluation.protocols import Protocol, Window
 from lookfar.model.decoder import Decoder
 from lookfar.model.numbering import find
 
-TOGETHER = 1 << 14  # tokens of the windows that are read at once
+TOGETHER = 1 << 12  # tokens of the windows that are read at once
 LOGITS = 1 << 23  # entries of the logits that are held at once
 
 
@@ -43,12 +43,13 @@ class Perplexity(Measurement):
         predicted = len(text.tokens) - 1
         if predicted < 1:
             raise UserError(f"{text.label} has {len(text.tokens)} tokens; at least two are needed to predict one.")
-        if length > predicted:
+        windows = protocol.windows(predicted, length)
+        if all(window.inputs < length for window in windows):
             warnings.warn(
-                f"Length {length} exceeds the held-out text of {predicted} predicted tokens; no window is that long.",
+                f"Length {length} exceeds the held-out text of {sum(window.scored for window in windows)} predicted "
+                "tokens; no window is that long.",
                 stacklevel=2,
             )
-        windows = protocol.windows(predicted, length)
         number = find(self.numbering, model.config.context)
         random = torch.Generator().manual_seed(0)
         loss, scored_bytes, count = 0.0, 0, sum(window.scored for window in windows)
@@ -65,7 +66,7 @@ class Perplexity(Measurement):
         values = {
             "loss": loss / count,
             "perplexity": _exp(loss / count),
-            "bits_per_byte": loss / math.log(2) / scored_bytes,
+            "bits_per_byte": loss / math.log(2) / scored_bytes if scored_bytes else math.nan,
         }
         return [
             {**row, "metric": metric, "value": value, "count": count, "unit": text.unit, "windows": len(windows)}

@@ -74,7 +74,7 @@ def find(expression: str) -> Protocol:
     cut = PROTOCOLS[terms[0].name]
     settings = dict(terms[0].settings)
     tokens = settings.pop("tokens", None)
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
         raise UserError(f"{expression!r}: tokens must be a whole number of at least 1.")
     term = plugins.Term(terms[0].name, settings)
     checked = plugins.check(cut, term)

@@ -22,7 +22,7 @@ class T5(DistanceBias):
 
     All distances of `farthest` and more share the last bucket. One table serves all layers unless `shared=false`.
     `scale` names the convention: `scaled` scales scores by head_width^-½, as everywhere here; `original` scales
-    nothing, as in T5; `multiplied` scales scores and multiplies the table by √head_width, as in GPT-NeoX and x-transformers.
+    nothing, as T5 does; `multiplied` scales scores and multiplies the table by √head_width, as GPT-NeoX does.
     """
 
     paper = "Raffel et al., 2020, arXiv 1910.10683"
