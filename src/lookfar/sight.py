@@ -172,7 +172,7 @@ class Rows:
         return torch.cat([scores, self.bias.to(scores.dtype).expand_as(scores)], dim=1)
 
     def compact(self) -> "Rows":
-        """The same rows with keys in compact order: those that a query sees, in token order, itself last; then the rest.
+        """The same rows with keys in compact order: those that a query sees, by token, itself last; then the rest.
 
         A map across neighbouring keys works on this order. Where the visible keys are neighbours anyway, nothing moves.
         Only `visible` is meaningful in the answer; move scores with `gather` and back with `scatter`.

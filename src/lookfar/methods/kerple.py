@@ -20,8 +20,8 @@ class Kerple(DistanceBias):
         kernel="log":    bias[h, i, j] = -p[h] · log(1 + a[h] · |i - j|)     p, a > 0
         kernel="power":  bias[h, i, j] = -a[h] · |i - j|^p[h]                a > 0, 0 < p ≤ 2
 
-    Both start uniform, p in (0, 2) and a in (0, 1). They stay above 0.01, and the power below 2, by smooth functions of
-    what is learned, where the published code clamps.
+    What multiplies is `amplitude`, the other `rate`. They start uniform, p in (0, 2) and a in (0, 1), and stay above
+    0.01, the power below 2, by smooth functions of what is learned, where the published code clamps.
     """
 
     paper = "Chi et al., 2022, arXiv 2205.09921"
@@ -30,19 +30,18 @@ class Kerple(DistanceBias):
     def __init__(self, site: Site, *, kernel: Literal["log", "power"] = "log") -> None:
         super().__init__(site)
         self.kernel, heads = kernel, site.heads.score_heads
-        first, second = 2 * torch.rand(heads), torch.rand(heads)
-        self.p = nn.Parameter(
-            _before_softplus(first) if kernel == "log" else torch.logit((first / 2).clamp(FLOOR, 0.99))
-        )
-        self.a = nn.Parameter(_before_softplus(second))
+        double, single = 2 * torch.rand(heads), torch.rand(heads)
+        logarithmic = kernel == "log"
+        self.amplitude = nn.Parameter(_before_softplus(double if logarithmic else single))
+        self.rate = nn.Parameter(_before_softplus(single) if logarithmic else (double / 2).clamp(FLOOR, 0.99).logit())
 
     def at(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
-        distance, a = wide(distances, self.a).abs(), FLOOR + F.softplus(self.a)[:, None]
+        distance, amplitude = wide(distances, self.rate).abs(), FLOOR + F.softplus(self.amplitude)[:, None]
         if self.kernel == "log":
-            return -(FLOOR + F.softplus(self.p)[:, None]) * torch.log1p(a * distance)
-        power = FLOOR + (2 - FLOOR) * torch.sigmoid(self.p)[:, None]
+            return -amplitude * torch.log1p((FLOOR + F.softplus(self.rate)[:, None]) * distance)
+        power = FLOOR + (2 - FLOOR) * torch.sigmoid(self.rate)[:, None]
         apart = distance > 0  # 0 to any power is 0, but its gradient is not finite
-        return -a * torch.where(apart, torch.where(apart, distance, 1.0) ** power, 0.0)
+        return -amplitude * torch.where(apart, torch.where(apart, distance, 1.0) ** power, 0.0)
 
 
 def _before_softplus(values: Float[Tensor, " h"]) -> Float[Tensor, " h"]:

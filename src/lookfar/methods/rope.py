@@ -57,10 +57,8 @@ class Rope(QueryKeyEncoding):
         self.layout = layout
         self.width = round(site.heads.head_width * fraction)  # of the features that turn
         if self.width % 2 or not self.width:
-            raise UserError(
-                f"rope turns pairs of features: head_width ({site.heads.head_width}) times fraction ({fraction}) is "
-                f"{self.width}, which must be even and not 0."
-            )
+            part = "" if fraction == 1 else f" times fraction ({fraction}), {self.width} features,"
+            raise UserError(f"rope turns pairs of features: head_width ({site.heads.head_width}){part} must be even.")
         if factor > 1 and scaling == "none":
             raise UserError(f"rope(factor={factor}) needs a scaling: pi, ntk, yarn or llama3.")
         if scaling == "ntk" and self.width > 2:
