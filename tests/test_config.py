@@ -64,12 +64,15 @@ OTHER = Study(  # every field differs from its default
         weight_decay=0.0,
         clip=None,
         precision="float32",
+        numbering="randomized(largest=64)",
         seed=2**62,
         checkpoint_every=3,
         keep=2,
         evaluate_every=5,
     ),
-    evaluation=EvaluationConfig(lengths=(20, 40), protocols=("sliding(stride=4)",), tokens=512, split="test"),
+    evaluation=EvaluationConfig(
+        lengths=(20, 40), protocols=("sliding(stride=4)",), tokens=512, split="test", numbering="interpolated"
+    ),
     study=StudyConfig(schemes=("nope", "rope(base=1e6)"), seeds=(3, 1), title="Kürzer [trained] = #1"),
 )
 

@@ -343,7 +343,9 @@ def test_how_many_windows_are_read_at_once_changes_nothing(monkeypatch):
     seen = []
     states = Decoder.states
     monkeypatch.setattr(
-        Decoder, "states", lambda decoder, given: (seen.append(given.numel()), states(decoder, given))[1]
+        Decoder,
+        "states",
+        lambda decoder, given, **more: (seen.append(given.numel()), states(decoder, given, **more))[1],
     )
     monkeypatch.setattr(perplexity, "TOGETHER", 40)
     assert loss(model(), text(400), 16, "sliding(stride=5)") == pytest.approx(expected, rel=1e-9)

@@ -565,7 +565,9 @@ def test_outputs_have_the_type_of_the_inputs(name, dtype):
     queries = torch.randn(1, counts.score_heads, 5, counts.head_width, dtype=dtype)
     keys = torch.randn(1, counts.key_heads, 5, counts.head_width, dtype=dtype)
     values = torch.randn(1, counts.value_heads, 5, counts.value_width, dtype=dtype)
-    outputs = lookfar.attend(queries, keys, values, scheme=scheme, kernel="reference")
+    outputs = lookfar.attend(
+        queries, keys, values, scheme=scheme, kernel="reference", inputs=torch.ones(1, 5, 24, dtype=dtype)
+    )
     assert outputs.dtype == dtype and outputs.isfinite().all()
     for encoding in scheme.inputs:
         assert encoding.encode(torch.zeros(1, 5, 24, dtype=dtype), torch.arange(5)[None]).dtype == dtype

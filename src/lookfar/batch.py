@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
+
+from lookfar.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,23 @@ def consecutive(documents: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     rank = place - torch.where(starts, place, 0).cummax(dim=1).values
     return torch.empty_like(documents).scatter(1, order, rank).masked_fill(documents < 0, 0)
+
+
+def randomized(batch: int, tokens: int, *, largest: int, generator: torch.Generator) -> Int[Tensor, "b t"]:
+    """Number the tokens of each line by an ordered sample of 0 … largest - 1, without repetition.
+
+    A model that is trained so has met every position that a text of `largest` tokens has. Source: Ruoss et al., 2023,
+    "Randomized Positional Encodings Boost Length Generalization", arXiv 2305.16843.
+    """
+    if largest < tokens:
+        raise UserError(f"{tokens} tokens cannot be numbered below {largest} without repetition; raise `largest`.")
+    keys = torch.rand(batch, largest, generator=generator)
+    return keys.topk(tokens, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def interpolated(tokens: int, *, context: int) -> Float[Tensor, "1 t"]:
+    """Number tokens 0, c, 2c, … with c = context / tokens where they are more than the trained context, else 1.
+
+    Source: Chen et al., 2023, arXiv 2306.15595, there for RoPE; here for every method that takes fractional positions.
+    """
+    return torch.arange(tokens)[None] * min(1.0, context / tokens)

@@ -102,6 +102,7 @@ class TrainingConfig(_Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive | None = 1.0
+    numbering: str = "consecutive"  # of the tokens of a line: also randomized(largest=2048), interpolated
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 products where the processor has them
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count | None = None  # None: at the end, and when interrupted
@@ -124,6 +125,7 @@ class EvaluationConfig(_Settings):
     protocols: tuple[str, ...] = ("non_overlapping", "sliding")
     tokens: Count | None = None  # most tokens scored per length; a protocol may set its own: sliding(tokens=16384)
     split: Literal["valid", "test"] = "valid"
+    numbering: str = "consecutive"  # of the tokens of a window: also randomized(largest=2048), interpolated
 
 
 class Run(_Settings):

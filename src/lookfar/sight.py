@@ -10,7 +10,6 @@ A leading `#` marks an axis that may be 1 where all rows of the batch are alike.
 
 from dataclasses import dataclass, replace
 
-
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
@@ -37,6 +36,7 @@ class Sight:
     longest: int = 1  # no distance is longer; a power of two, so that tables and compiled kernels are reused
     consecutive: bool = False  # positions are the places in the sequence: every distance follows from two indices
     scattered: bool = False  # the keys that a query sees need not be neighbours in the sequence
+    ahead: bool = False  # a query sees the keys after it, too
 
     @classmethod
     def causal(
@@ -84,6 +84,20 @@ class Sight:
             scattered=documents is not None and _scattered(documents),
         )
 
+    @classmethod
+    def bidirectional(
+        cls,
+        tokens: int,
+        *,
+        positions: Num[Tensor, "#b k"] | None = None,
+        documents: Int[Tensor, "b k"] | None = None,
+        window: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Sight":
+        """Every token sees before and after it, at most `window` - 1 tokens away. For arguments see `causal`."""
+        sight = cls.causal(tokens, positions=positions, documents=documents, window=window, device=device)
+        return replace(sight, ahead=True)
+
     @property
     def queries(self) -> int:
         """How many queries ask."""
@@ -96,8 +110,8 @@ class Sight:
 
     @property
     def plain(self) -> bool:
-        """Whether the order of tokens alone decides who sees whom."""
-        return self.window is None and self.key_documents is None
+        """Whether the order of tokens alone decides who sees whom: what is not ahead is seen."""
+        return self.window is None and self.key_documents is None and not self.ahead
 
     def visible(self) -> Bool[Tensor, "#b 1 q k"]:
         """The dense mask: which keys (last axis) each query sees."""
@@ -105,9 +119,9 @@ class Sight:
         queries = torch.arange(self.first_query, self.first_query + self.queries, device=device)
         keys = torch.arange(self.first_key, self.first_key + self.keys, device=device)
         behind = queries[:, None] - keys  # q k
-        seen = (behind >= 0)[None]
+        seen = ((behind >= 0) | self.ahead)[None]
         if self.window is not None:
-            seen = seen & (behind < self.window)
+            seen = seen & (behind.abs() < self.window)
         if self.query_documents is not None and self.key_documents is not None:
             keys_of = self.key_documents[:, None, :]
             seen = seen & (self.query_documents[:, :, None] == keys_of) & (keys_of >= 0) | (behind == 0)
@@ -115,7 +129,11 @@ class Sight:
 
     def rows(self, start: int, stop: int) -> "Sight":
         """The queries from `start` to `stop`, against only the keys that one of them can see by order and window."""
-        last = min(self.first_key + self.keys, self.first_query + stop)
+        last = self.first_key + self.keys
+        if not self.ahead:
+            last = min(last, self.first_query + stop)
+        elif self.window is not None:
+            last = min(last, self.first_query + stop + self.window - 1)
         first = self.first_key
         if self.window is not None:
             first = max(first, self.first_query + start - self.window + 1)
@@ -154,7 +172,7 @@ class Rows:
         return torch.cat([scores, self.bias.to(scores.dtype).expand_as(scores)], dim=1)
 
     def compact(self) -> "Rows":
-        """The same rows with the keys of each in compact order: those it sees, in token order, itself last; then the rest.
+        """The same rows with keys in compact order: those that a query sees, by token, itself last; then the rest.
 
         A map across neighbouring keys works on this order. Where the visible keys are neighbours anyway, nothing moves.
         Only `visible` is meaningful in the answer; move scores with `gather` and back with `scatter`.

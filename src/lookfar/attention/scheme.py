@@ -1,6 +1,7 @@
 """The methods of one layer, sorted by where they act."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -111,12 +112,12 @@ class Scheme(nn.Module):
         scores = [sink.score(query_positions) for sink in self.sinks]
         if not scores:
             return None
-        return self._per_map(scores[0] if len(scores) == 1 else torch.stack(scores).logsumexp(0))
+        return self._per_map(reduce(torch.logaddexp, scores))
 
     def merge(
         self, outputs: Float[Tensor, "b h q v"], x: Float[Tensor, "b q d"] | None = None
     ) -> Float[Tensor, "b h2 q v"]:
-        """One output per head from the outputs of all score heads; `x` is the input of the layer, for merges that ask."""
+        """One output per head from those of all score heads; `x` is the input of the layer, for merges that ask."""
         if not self.merges:
             return outputs
         maps = outputs.unflatten(1, (self.heads.maps, self.heads.heads)).transpose(1, 2)  # b h q v -> b h m q v
@@ -222,7 +223,10 @@ def build_scheme(
     )
     share_bias = any(term.settings.get("share_bias", False) for term in terms)
     methods = [_build(term, site, share_bias, {} if shared is None else shared) for term in terms]
-    return Scheme(spell(expression), counts, methods, soft_cap=soft_cap)
+    scheme = Scheme(spell(expression), counts, methods, soft_cap=soft_cap)
+    if scheme.maps and any(bias.hides for bias in scheme.biases):
+        raise UserError(f"{expression!r} hides keys by its bias, which the map that reads the bias cannot know.")
+    return scheme
 
 
 def _build(term: Term, site: Site, share_bias: bool, shared: Shared) -> Method:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from lookfar.errors import UserError
 from lookfar.evaluation.base import Measurement, Progress, Row, Text
 from lookfar.evaluation.protocols import Protocol, Window
 from lookfar.model.decoder import Decoder
+from lookfar.model.numbering import find
 
 TOGETHER = 1 << 12  # tokens of the windows that are read at once
 LOGITS = 1 << 23  # entries of the logits that are held at once
@@ -22,6 +23,9 @@ LOGITS = 1 << 23  # entries of the logits that are held at once
 
 class Perplexity(Measurement):
     """Token-weighted: the exponential of the mean loss over all scored tokens, never a mean over windows."""
+
+    def __init__(self, *, numbering: str = "consecutive") -> None:
+        self.numbering = numbering  # of the tokens of a window
 
     def measure(self, model: Decoder, text: Text, *, length: int, protocol: Protocol, progress: Progress) -> list[Row]:
         """Rows of `loss` (nats per token), `perplexity` (per token) and `bits_per_byte`, each with the tokens scored.
@@ -46,14 +50,19 @@ class Perplexity(Measurement):
                 "tokens; no window is that long.",
                 stacklevel=2,
             )
+        number = find(self.numbering, model.config.context)
+        random = torch.Generator().manual_seed(0)
         loss, scored_bytes, count = 0.0, 0, sum(window.scored for window in windows)
         done = 0
         for inputs, targets, scored in _batches(text, windows):
-            loss += float(_losses(model, inputs, targets, scored).sum())
+            positions = number(*inputs.shape, random)
+            loss += float(_losses(model, inputs, targets, scored, positions).sum())
             scored_bytes += int(text.lengths[targets[:, -scored:].numpy()].sum())
             done += targets[:, -scored:].numel()
             progress(f"{protocol.name} at {length}", done / count)
         row = {"data": text.label, "protocol": protocol.name, "length": length}
+        if self.numbering != "consecutive":
+            row["numbering"] = self.numbering
         values = {
             "loss": loss / count,
             "perplexity": _exp(loss / count),
@@ -76,12 +85,17 @@ def _batches(text: Text, windows: list[Window]) -> Iterator[tuple[Int[Tensor, "b
 
 
 def _losses(
-    model: Decoder, inputs: Int[Tensor, "b t"], targets: Int[Tensor, "b t"], scored: int
+    model: Decoder,
+    inputs: Int[Tensor, "b t"],
+    targets: Int[Tensor, "b t"],
+    scored: int,
+    positions: Num[Tensor, "#b t"] | None,
 ) -> Float[Tensor, " n"]:
     """The loss of the last `scored` targets of each window, in nats; logits are made a piece at a time."""
     device = model.embedding.weight.device
     with torch.inference_mode():
-        states = model.states(inputs.to(device))[:, -scored:].flatten(0, 1)
+        positions = None if positions is None else positions.to(device)
+        states = model.states(inputs.to(device), positions=positions)[:, -scored:].flatten(0, 1)
         wanted = targets[:, -scored:].flatten().to(device)
         rows = max(1, LOGITS // model.embedding.num_embeddings)
         with torch.autocast(device.type, enabled=False):

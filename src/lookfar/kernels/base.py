@@ -23,6 +23,7 @@ class Call:
     gradients: bool = True  # whether something needs a gradient
     plain: bool = True  # the order of tokens alone decides who sees whom
     consecutive: bool = True  # positions are 0, 1, 2, …
+    causal: bool = True  # nothing ahead is seen
 
     @classmethod
     def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> "Call":
@@ -37,6 +38,7 @@ class Call:
             gradients=torch.is_grad_enabled() and any(each.requires_grad for each in needing),
             plain=sight.plain,
             consecutive=sight.consecutive,
+            causal=not sight.ahead,
         )
 
 

@@ -32,8 +32,12 @@ class Sdpa(Kernel):
         others = [type(bias).__name__ for bias in scheme.biases if not isinstance(bias, Alibi)]
         if others:
             return f"{others[0]} adds a bias that does not split into a query and a key part"
-        if scheme.biases and not call.consecutive:
-            return "ALiBi splits only where positions count up"
+        if scheme.biases and not (call.consecutive and call.causal):
+            return "ALiBi splits only where positions count up and nothing ahead is seen"
+        if any(bias.learned for bias in scheme.biases if isinstance(bias, Alibi)):
+            return "learned slopes need a gradient, which their split into exact parts has not"
+        if any(bias.form == "split" for bias in scheme.biases if isinstance(bias, Alibi)):
+            return "half of the heads see nothing behind"
         if scheme.biases and call.dtype == torch.float16:
             return "ALiBi's columns overflow float16"
         square = call.plain and call.queries == call.keys
@@ -56,7 +60,7 @@ class Sdpa(Kernel):
         sink = scheme.sink(sight.query_positions)
         if scheme.biases:
             queries, scale = _even(queries, scale)
-            slopes = torch.stack([bias.slopes for bias in scheme.biases if isinstance(bias, Alibi)]).sum(0)
+            slopes = torch.stack([bias.slopes[0] for bias in scheme.biases if isinstance(bias, Alibi)]).sum(0)
             queries, keys = _lead(queries, keys, _columns(slopes, sight, scale, queries.dtype))
         if sink is not None and queries.device.type != "cpu":
             return _with_key_in_front(queries, keys, values, sink, scale)[..., :value_width]

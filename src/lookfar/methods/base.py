@@ -136,6 +136,7 @@ class ScoreBias(Method):
     """Adds a number to the score of every pair of positions."""
 
     scale: float | None = None  # of the scores, where the method sets its own
+    hides: bool = False  # it is -inf somewhere
 
     @abstractmethod
     def between(

@@ -1,13 +1,18 @@
 """RoPE: turns queries and keys by angles that grow with position, so that scores know the distance."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float, Num
 from torch import Tensor
 
 from lookfar.errors import UserError
-from lookfar.methods.base import Positive, QueryKeyEncoding, Site, wide
+from lookfar.methods.base import Count, Positive, QueryKeyEncoding, Site, wide
+
+Part = Annotated[float, Gt(0), Le(1)]
+Scaling = Literal["none", "pi", "ntk", "yarn", "llama3"]
 
 
 class Rope(QueryKeyEncoding):
@@ -15,10 +20,21 @@ class Rope(QueryKeyEncoding):
 
     Su et al., 2021, arXiv 2104.09864.
 
-        (x, y) → (x cos θ - y sin θ, y cos θ + x sin θ),   θ = position · base^(-2n/head_width)
+        (x, y) → (x cos θ - y sin θ, y cos θ + x sin θ),   θ = position · base^(-2n/width)
 
-    `layout="halves"` pairs feature n with n + head_width/2 (GPT-NeoX, Llama in transformers); `layout="interleaved"`
-    pairs neighbours (the paper, GPT-J). The two are the same up to a fixed permutation of features.
+    `layout="halves"` pairs feature n with n + width/2 (GPT-NeoX, Llama in transformers); `layout="interleaved"` pairs
+    neighbours (the paper, GPT-J). The two are the same up to a fixed permutation of features. `fraction` turns only the
+    first features of each head (GPT-NeoX); `p` keeps the lowest frequencies still (p-RoPE, arXiv 2410.06205).
+
+    A `scaling` stretches a trained model by `factor`, which changes no weight; factor 1 is plain RoPE:
+
+    - `pi`: positions / factor (Chen et al., 2023, arXiv 2306.15595)
+    - `ntk`: base · factor^(width/(width - 2)), the static form
+    - `yarn`: high frequencies stay, low ones are divided by the factor, those between 32 and 1 turns of `original` are
+      blended; queries and keys grow by 0.1 ln(factor) + 1 (Peng et al., 2023, arXiv 2309.00071)
+    - `llama3`: as Llama 3.1, waves shorter than original/4 stay, those longer than `original` are divided by the factor
+
+    `original` is the length that the model was trained at, by default the context.
     """
 
     paper = "Su et al., 2021, arXiv 2104.09864"
@@ -26,12 +42,39 @@ class Rope(QueryKeyEncoding):
     rotation = True
 
     def __init__(
-        self, site: Site, *, base: Positive = 10000.0, layout: Literal["halves", "interleaved"] = "halves"
+        self,
+        site: Site,
+        *,
+        base: Positive = 10000.0,
+        layout: Literal["halves", "interleaved"] = "halves",
+        fraction: Part = 1.0,
+        p: Part = 1.0,
+        scaling: Scaling = "none",
+        factor: Annotated[float, Ge(1)] = 1.0,
+        original: Count | None = None,
     ) -> None:
         super().__init__(site)
-        self.base, self.layout = base, layout
-        if site.heads.head_width % 2:
-            raise UserError(f"rope turns pairs of features: head_width ({site.heads.head_width}) must be even.")
+        self.layout = layout
+        self.width = round(site.heads.head_width * fraction)  # of the features that turn
+        if self.width % 2 or not self.width:
+            part = "" if fraction == 1 else f" times fraction ({fraction}), {self.width} features,"
+            raise UserError(f"rope turns pairs of features: head_width ({site.heads.head_width}){part} must be even.")
+        if factor > 1 and scaling == "none":
+            raise UserError(f"rope(factor={factor}) needs a scaling: pi, ntk, yarn or llama3.")
+        if scaling == "ntk" and self.width > 2:
+            base *= factor ** (self.width / (self.width - 2))
+        half = self.width // 2
+        frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+        frequencies[max(1, round(p * half)) :] = 0
+        length = site.context if original is None else original
+        if scaling == "pi":
+            frequencies = frequencies / factor
+        elif scaling == "yarn":
+            frequencies = _yarn(frequencies, base, factor, length)
+        elif scaling == "llama3":
+            frequencies = _llama3(frequencies, factor, length)
+        self.frequencies = frequencies.tolist()  # not a buffer: no cast may touch them
+        self.growth = 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
 
     def queries(self, queries: Float[Tensor, "b h t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b h t e"]:
         return self._turn(queries, positions)
@@ -40,12 +83,32 @@ class Rope(QueryKeyEncoding):
         return self._turn(keys, positions)
 
     def _turn(self, x: Float[Tensor, "b c t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b c t e"]:
-        half = x.shape[-1] // 2
         places = wide(positions, x)[:, None, :, None]  # b 1 t 1
-        angles = places * self.base ** (-torch.arange(half, device=x.device, dtype=places.dtype) / half)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        angles = places * torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
+        cos, sin = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
+        turned, still = x[..., : self.width], x[..., self.width :]
         if self.layout == "halves":
-            first, second = x.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+            first, second = turned.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin, still], dim=-1)
+        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+        return torch.cat([turned, still], dim=-1)
+
+
+def _yarn(frequencies: Float[Tensor, " f"], base: float, factor: float, original: int) -> Float[Tensor, " f"]:
+    """Blend by how often a wave turns within the original length: 32 times or more stays, once or less is stretched."""
+    half = len(frequencies)
+
+    def feature(turns: float) -> float:
+        return half * math.log(original / (2 * math.pi * turns)) / math.log(base)
+
+    low, high = max(0, math.floor(feature(32.0))), min(half - 1, math.ceil(feature(1.0)))
+    ramp = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp
+
+
+def _llama3(frequencies: Float[Tensor, " f"], factor: float, original: int) -> Float[Tensor, " f"]:
+    """Blend by how many waves fit into the original length: 4 or more stay, 1 or less are stretched."""
+    waves = original * frequencies / (2 * math.pi)
+    ramp = ((waves - 1) / (4 - 1)).clamp(0, 1)
+    return frequencies * ramp + frequencies / factor * (1 - ramp)

@@ -1,11 +1,14 @@
 """Looks a run over at the door, before anything is built or written."""
 
+import torch
+
 from lookfar import plugins
 from lookfar.attention.scheme import build_scheme, parse
 from lookfar.config import Run
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
 from lookfar.methods.base import Method
+from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
 
 
@@ -15,6 +18,8 @@ def check(run: Run) -> None:
         for length in run.lengths:
             protocols.find(protocol).windows(1, length)
     model = run.model
+    for expression in (run.training.numbering, run.evaluation.numbering):
+        numbering.find(expression, model.context)(1, 1, torch.Generator())
     limit = model.context if model.positions is None else model.positions
     for layer in range(model.layers):
         expression = layer_scheme(model, layer)

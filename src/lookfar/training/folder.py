@@ -95,7 +95,7 @@ def trim_log(folder: Path, update: int) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(part) for part in ("scheme", "data", "protocol", "length", "metric", "count"))
+    return tuple(row.get(part) for part in ("scheme", "data", "protocol", "numbering", "length", "metric", "count"))
 
 
 def _is_free(key: str, run: Run) -> bool:

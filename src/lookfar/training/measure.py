@@ -38,11 +38,20 @@ def measure(
             protocol = protocols.Protocol(protocol.name, run.evaluation.tokens, protocol.cut)
         for length in lengths:
             count = sum(window.scored for window in protocol.windows(len(text.tokens) - 1, length))
-            same = {"data": text.label, "protocol": protocol.name, "length": length, "count": count}
+            spelled = None if run.evaluation.numbering == "consecutive" else run.evaluation.numbering
+            same = {
+                "numbering": spelled,
+                "data": text.label,
+                "protocol": protocol.name,
+                "length": length,
+                "count": count,
+            }
             found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
             if not found:
                 with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
-                    found = Perplexity().measure(model, text, length=length, protocol=protocol, progress=progress)
+                    found = Perplexity(numbering=run.evaluation.numbering).measure(
+                        model, text, length=length, protocol=protocol, progress=progress
+                    )
                 found = [{**about(run, folder), **row} for row in found]
                 run_folder.add_rows(folder, found)
             rows += found

@@ -18,6 +18,7 @@ from lookfar.data.packing import Lines
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
 from lookfar.evaluation.perplexity import Perplexity
+from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
 from lookfar.training import checkpoint, optimizers
 from lookfar.training import folder as run_folder
@@ -110,10 +111,15 @@ def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
     """The gradients and the mean loss of one batch, a piece at a time."""
     config, device, total = run.training, model.embedding.weight.device, 0.0
     size = config.batch // config.accumulation
+    number = numbering.find(config.numbering, run.model.context)
     for piece in range(config.accumulation):
-        tokens = torch.from_numpy(lines.batch(update * config.batch + piece * size, size)).to(device)
+        first = update * config.batch + piece * size
+        random = torch.Generator().manual_seed((config.seed << 40) + first)  # a function of the place, so none is saved
+        positions = number(size, run.model.context, random)
+        positions = None if positions is None else positions.to(device)
+        tokens = torch.from_numpy(lines.batch(first, size)).to(device)
         with autocast(config.precision, run.model.dtype, device):
-            logits = model(tokens[:, :-1])
+            logits = model(tokens[:, :-1], positions=positions)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / config.accumulation
         loss.backward()
         total += float(loss.detach())

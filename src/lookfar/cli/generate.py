@@ -1,0 +1,52 @@
+"""`lookfar generate`: writes on from a prompt, to the terminal as it comes."""
+
+from typing import Annotated
+
+import typer
+
+from lookfar.cli.options import RunFolder, Trust
+
+
+def add(app: typer.Typer) -> None:
+    """Put the verb into the command."""
+    app.command("generate", epilog='Example:  lookfar generate runs/demo/alibi-s0 --prompt "def main(" --tokens 200')(
+        generate
+    )
+
+
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="The text to write on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text to stop at. May be repeated.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="The most time to spend.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="Run the same weights under another scheme.")] = None,
+    trust: Trust = False,
+) -> None:
+    """Write on from a prompt with the weights of a run."""
+    from lookfar.data.tokenizers import load_tokenizer
+    from lookfar.data.writing import Writer
+    from lookfar.model.generate import Sampling, stream
+    from lookfar.training.checkpoint import load
+
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    model, tokenizer = load(run, scheme=scheme, trust=trust), load_tokenizer(run)
+    writer = Writer(tokenizer, stop or [])
+    typer.echo(prompt, nl=False)
+    given = [tokenizer.encode(prompt).tolist()]
+    for (token,) in stream(model, given, tokens=tokens, sampling=sampling, stop=writer.stops, seconds=seconds):
+        typer.echo(writer.add(token), nl=False)
+    typer.echo(writer.rest())

@@ -1,0 +1,44 @@
+"""FIRE: a small net reads the distance, as a part of how far the query could look."""
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lookfar.methods.base import Count, Positive, ScoreBias, Site, wide
+
+
+class Fire(ScoreBias):
+    """Adds f(ψ(i - j) / ψ(max(L, i))), a learned function of the distance relative to the query's position.
+
+    Li et al., 2023, "Functional Interpolation for Relative Positions", arXiv 2310.04418.
+
+        ψ(x) = log(c · |x| + 1),   L = |l · threshold|,   f = Linear(1, hidden) → ReLU → Linear(hidden, heads)
+
+    c and l are learned and start at 0.1 and 1; `threshold` is the trained length by default. Positions count from 0.
+    Up to L a bias depends on the distance alone; beyond, every query has its own scale.
+    """
+
+    paper = "Li et al., 2023, arXiv 2310.04418"
+    adds = "a learned function of the relative distance"
+
+    def __init__(self, site: Site, *, hidden: Count = 32, threshold: Positive | None = None) -> None:
+        super().__init__(site)
+        self.threshold = float(site.context if threshold is None else threshold)
+        self.rate = nn.Parameter(torch.tensor([0.1]))
+        self.stretch = nn.Parameter(torch.ones(1))
+        self.first = nn.Linear(1, hidden)
+        self.second = nn.Linear(hidden, site.heads.score_heads)
+
+    def between(
+        self, query_positions: Num[Tensor, "#b q"], key_positions: Num[Tensor, "#b k"]
+    ) -> Float[Tensor, "#b h q k"]:
+        queries, keys = wide(query_positions, self.rate), wide(key_positions, self.rate)
+        limit = torch.maximum((self.stretch * self.threshold).abs(), queries.abs())  # b q
+        distance = self._compressed(queries[:, :, None] - keys[:, None, :])  # b q k
+        part = distance / (self._compressed(limit) + 1e-6)[..., None]
+        with torch.autocast(part.device.type, enabled=False):
+            return self.second(F.relu(self.first(part[..., None]))).movedim(-1, 1)  # b q k h -> b h q k
+
+    def _compressed(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return torch.log1p((self.rate * x).abs())

@@ -1,0 +1,166 @@
+"""Writes on from prompts: greedy or sampled, batches of unequal length, token by token through the cache."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lookfar.errors import UserError
+from lookfar.model.decoder import Decoder
+
+PADDING = -1  # the document of a token that no one sees
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits. Temperature 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_k: int | None = None  # only the k likeliest
+    top_p: float | None = None  # only the likeliest that together hold p of the probability (arXiv 1904.09751)
+    min_p: float | None = None  # only those at least min_p as likely as the likeliest (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # logits of tokens seen are divided by it, or multiplied if negative (1909.05858)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k is None or self.top_k >= 1,
+            "top_p": self.top_p is None or 0 < self.top_p <= 1,
+            "min_p": self.min_p is None or 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, good in bounds.items():
+            if not good:
+                raise UserError(f"{name}={getattr(self, name)} is not possible.")
+
+    def logits(self, logits: Float[Tensor, "b v"], seen: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b v"]:
+        """The logits that are drawn from: -inf where a token is ruled out. `seen` tokens below 0 are ignored."""
+        logits = logits.float()
+        if self.repetition_penalty != 1 and seen is not None:
+            among = torch.zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+            among.scatter_(1, torch.where(seen < 0, logits.shape[1], seen), True)
+            penalty = self.repetition_penalty
+            logits = torch.where(among[:, :-1], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if self.temperature == 0:
+            return logits
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(dim=-1, descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)  # the likeliest always stays
+            logits = torch.empty_like(logits).scatter(1, order, ordered)
+        if self.min_p is not None:
+            chances = logits.softmax(-1)
+            logits = logits.masked_fill(chances < self.min_p * chances.amax(-1, keepdim=True), -torch.inf)
+        return logits
+
+    def choose(
+        self, logits: Float[Tensor, "b v"], seen: Int[Tensor, "b t"] | None, generators: list[torch.Generator]
+    ) -> Int[Tensor, " b"]:
+        """One token for each sequence, each drawn with a generator of its own."""
+        logits = self.logits(logits, seen)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        chances = logits.softmax(-1)
+        drawn = [torch.multinomial(row, 1, generator=each) for row, each in zip(chances, generators, strict=True)]
+        return torch.cat(drawn)
+
+
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    sampling: Sampling | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    seconds: float | None = None,
+) -> Iterator[list[int | None]]:
+    """Yield one token for each prompt at a time, None for those that are done.
+
+    Args:
+        model: a trained decoder.
+        prompts: tokens, of any lengths of at least 1.
+        tokens: the most to write after each.
+        sampling: how each is chosen; by default from the plain probabilities with seed 0.
+        stop: told what has been written after a prompt, says whether it is done.
+        seconds: the most time to spend.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    given, documents = _padded(model, prompts, tokens)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    device = given.device
+    generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    written: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    seen = None if documents is None else given.masked_fill(documents == PADDING, -1)
+    seen = given if seen is None else seen
+    with torch.inference_mode():
+        cache = model.cache(batch=len(prompts), length=given.shape[1] + tokens)
+        states = model.states(given, documents=documents, cache=cache)[:, -1]
+        for _ in range(tokens):
+            chosen = sampling.choose(model.logits(states), seen, generators)
+            step: list[int | None] = []
+            for row, token in enumerate(chosen.tolist()):
+                step.append(None if done[row] else token)
+                if not done[row]:
+                    written[row].append(token)
+                    done[row] = stop is not None and stop(written[row])
+            yield step
+            if all(done) or len(written[0]) == tokens or (deadline is not None and time.monotonic() > deadline):
+                return
+            if sampling.repetition_penalty != 1:
+                seen = torch.cat([seen, chosen[:, None]], dim=1)
+            more = None if documents is None else torch.zeros_like(chosen)[:, None]
+            states = model.states(chosen[:, None], documents=more, cache=cache)[:, -1]
+
+
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    seconds: float | None = None,
+) -> list[list[int]]:
+    """The tokens written after each prompt. For arguments see `stream`."""
+    written: list[list[int]] = [[] for _ in prompts]
+    for step in stream(model, prompts, tokens=tokens, sampling=sampling, stop=stop, seconds=seconds):
+        for row, token in zip(written, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return written
+
+
+def _padded(
+    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int
+) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"] | None]:
+    """Prompts with padding on the left, and what is padding; None where all are of one length."""
+    lengths = [len(prompt) for prompt in prompts]
+    vocabulary, longest = model.embedding.num_embeddings, max(lengths, default=0)
+    if not lengths or min(lengths) == 0:
+        raise UserError("A prompt is empty; give at least one token to write on from.")
+    if tokens < 1:
+        raise UserError(f"{tokens} tokens cannot be written; ask for at least 1.")
+    if model.farthest is not None and longest + tokens > model.farthest:
+        raise UserError(
+            f"A prompt of {longest} tokens and {tokens} more are beyond the {model.farthest} positions of the learned "
+            f"table; ask for at most {max(0, model.farthest - longest)} tokens."
+        )
+    wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise UserError(f"Token {wrong} is not in the vocabulary of {vocabulary}.")
+    device = model.embedding.weight.device
+    padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    if min(lengths) == longest:
+        return padded, None
+    place = torch.arange(longest, device=device)
+    documents = torch.where(place < longest - torch.tensor(lengths, device=device)[:, None], PADDING, 0)
+    return padded, documents
