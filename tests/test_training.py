@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tolerance import assert_near
 
 import lookfar
 from lookfar import config, files
@@ -24,6 +23,7 @@ from lookfar.training.evaluate import evaluate_run
 from lookfar.training.optimizers import adamw
 from lookfar.training.run import run_whole
 from lookfar.training.train import train
+from tolerance import assert_near
 
 WORDS = [bytes(random.Random(number).choices(b"abcdefgh", k=1 + number % 6)).decode() for number in range(40)]
 

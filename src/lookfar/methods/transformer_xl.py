@@ -24,11 +24,11 @@ class TransformerXl(ScoreMap):
 
     def __init__(self, site: Site, *, base: Positive = 10000.0) -> None:
         super().__init__(site)
-        self.counts, self.base, self.half = site.heads, base, (site.width + 1) // 2
+        self.counts, self.base, self.count = site.heads, base, (site.width + 1) // 2
         heads, width = site.heads.score_heads, site.heads.head_width
         self.content = nn.Parameter(torch.randn(heads, width) * 0.02)  # u
         self.place = nn.Parameter(torch.randn(heads, width) * 0.02)  # v
-        self.project = nn.Linear(2 * self.half, heads * width, bias=False)  # W
+        self.project = nn.Linear(2 * self.count, heads * width, bias=False)  # W
 
     def rewrite(self, scores: Float[Tensor, "b h q k"], rows: Rows) -> Float[Tensor, "b h q k"]:
         dtype = torch.promote_types(scores.dtype, self.content.dtype)
@@ -46,6 +46,6 @@ class TransformerXl(ScoreMap):
     def _waves(
         self, positions: Num[Tensor, "#b t"], dtype: torch.dtype
     ) -> tuple[Float[Tensor, "#b 1 t f"], Float[Tensor, "#b 1 t f"]]:
-        frequencies = self.base ** (-torch.arange(self.half, device=positions.device, dtype=dtype) / self.half)
+        frequencies = self.base ** (-torch.arange(self.count, device=positions.device, dtype=dtype) / self.count)
         angles = wide(positions, self.content).to(dtype)[:, None, :, None] * frequencies
         return angles.sin(), angles.cos()
