@@ -55,7 +55,7 @@ class Perplexity(Measurement):
         loss, scored_bytes, count = 0.0, 0, sum(window.scored for window in windows)
         done = 0
         for inputs, targets, scored in _batches(text, windows):
-            positions = number(*inputs.shape, random)
+            positions = number(inputs.shape[0], inputs.shape[1], random)
             loss += float(_losses(model, inputs, targets, scored, positions).sum())
             scored_bytes += int(text.lengths[targets[:, -scored:].numpy()].sum())
             done += targets[:, -scored:].numel()
