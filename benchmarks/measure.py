@@ -1,7 +1,6 @@
 """Medians of rivals that take turns, and the peak memory of one call in a process of its own."""
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -29,11 +28,11 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> i
 
 def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int:
     call = prepare(*arguments)
-    before = _resident()
+    before = _status("VmRSS")
     call()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _status("VmHWM") - before  # not ru_maxrss, which a process inherits from the one that started it
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize()
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))

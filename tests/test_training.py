@@ -198,13 +198,19 @@ def gradients(run, place, monkeypatch):
     return before[0], norms
 
 
+@pytest.mark.parametrize("numbering", ["consecutive", "randomized(largest=50)"])
 @pytest.mark.parametrize("pieces", [2, 6])
-def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(a_run, tmp_path, monkeypatch, pieces):
-    sizes = "training.batch=6", "training.updates=1"
+def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(a_run, tmp_path, monkeypatch, pieces, numbering):
+    sizes = "training.batch=6", "training.updates=1", f"training.numbering={numbering}"
     whole, _ = gradients(a_run(*sizes), tmp_path / "whole", monkeypatch)
     calls = []
     forward = Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda model, given: (calls.append(given.shape), forward(model, given))[1])
+
+    def noted(model, given, **settings):
+        calls.append(given.shape)
+        return forward(model, given, **settings)
+
+    monkeypatch.setattr(Decoder, "forward", noted)
     run = a_run(*sizes, f"training.accumulation={pieces}")
     parts, _ = gradients(run, tmp_path / "parts", monkeypatch)
     assert calls == [(6 // pieces, 8)] * pieces
@@ -274,6 +280,7 @@ CHANGES = {
     "clip": "0.5",
     "precision": "bfloat16",
     "seed": "1",
+    "numbering": "randomized(largest=32)",
 }
 SEEN_ELSEWHERE = {"accumulation", "checkpoint_every", "keep", "evaluate_every", "optimizer"}  # one optimizer so far
 
@@ -291,7 +298,7 @@ def test_every_setting_changes_the_weights(a_run, tmp_path, setting):
 
 def test_a_loss_that_is_not_finite_is_told_with_its_update(a_run, tmp_path):
     run = a_run("training.rate=1e30", "training.warmup=0", "training.clip=none", "training.checkpoint_every=1")
-    with pytest.raises(UserError, match=r"The loss of update (\d+) is (nan|inf).*training\.rate") as told:
+    with pytest.raises(UserError, match=r"The .* of update (\d+) is (nan|inf).*training\.rate") as told:
         train(run, tmp_path)
     done = len(log(tmp_path))
     assert f"update {done + 1} " in str(told.value)
@@ -330,16 +337,22 @@ def test_one_seed_gives_one_model_to_the_byte_and_another_another(a_run, tmp_pat
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.parametrize("seed", [2**24, 2**40, 2**62])
+def test_any_seed_will_do(a_run, tmp_path, seed):
+    train(a_run(f"training.seed={seed}"), tmp_path / "one")
+    train(a_run(f"training.seed={seed + 1}"), tmp_path / "next")
+    assert weights(tmp_path / "one") != weights(tmp_path / "next")
+
+
 def test_training_draws_nothing_from_the_callers_generators(a_run, tmp_path):
     torch.manual_seed(3)
-    state, other = torch.get_rng_state(), random.getstate()
+    state = torch.get_rng_state()
     run = a_run("model.dropout=0.3", "training.evaluate_every=1")
     train(run, tmp_path)
     train(run, tmp_path)  # read from the checkpoint
     with pytest.raises(UserError):
         train(a_run("training.rate=1e30", "training.warmup=0", "training.clip=none"), tmp_path / "broken")
     assert torch.equal(torch.get_rng_state(), state)
-    assert random.getstate() == other
 
 
 # The folder of a run
@@ -360,7 +373,7 @@ def test_a_checkpoint_holds_weights_state_and_their_hashes(a_run, tmp_path):
 
 
 def test_the_recipe_in_the_folder_is_the_run(a_run, tmp_path):
-    run = a_run("model.window=[4, none]", "training.clip=none", "model.layers=2")
+    run = a_run('model.window=[4, "none"]', "training.clip=none", "model.layers=2")
     train(run, tmp_path)
     again, label = folder.read(tmp_path)
     assert again == run.model_copy(update={"model": run.model.model_copy(update={"vocabulary": 256})})
@@ -466,7 +479,7 @@ def rewrite(place, old, new):
 
 @pytest.mark.parametrize("scheme", ['"somebodys.trick"', '["alibi", "nope + somebodys.trick"]'])
 def test_a_foreign_scheme_is_not_run_without_trust(a_run, tmp_path, foreign, scheme):
-    train(a_run("model.scheme=nope"), tmp_path / "run")
+    train(a_run("model.scheme=nope", "model.layers=2"), tmp_path / "run")
     rewrite(tmp_path / "run", 'scheme = "nope"', f"scheme = {scheme}")
     for use in (lookfar.load, evaluate_run):
         with pytest.raises(UserError, match=r"would execute the code of 'somebodys\.trick'; allow it with trust=True"):
@@ -519,6 +532,7 @@ def test_a_run_is_refused_at_the_door_and_leaves_nothing(a_run, tmp_path):
         ["model.scheme=differential", "model.heads=1", "model.head_width=16"],
         ['model.scheme=["sinusoidal", "learned"]', "model.layers=2", "model.positions=16"],
         ["model.device=nowhere"],
+        ["training.numbering=nowhere"],
         ["model.vocabulary=100"],
         ["model.context=5000"],
         ["data.path=nowhere.txt"],

@@ -10,7 +10,7 @@ from lookfar.attention.scheme import Scheme
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-ENTRIES = 1 << 20  # of the score square, over batch and heads, that a chunk holds
+ENTRIES = 1 << 19  # of the score square, over batch and heads, that a chunk holds
 WHOLE = 1 << 22  # entries up to which the square is held at once, and nothing is computed twice
 
 
