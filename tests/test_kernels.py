@@ -21,17 +21,23 @@ from lookfar.kernels.base import Call
 from lookfar.kernels.chunked import Chunked
 from lookfar.kernels.dispatch import preference
 from lookfar.sight import Sight
-from test_laws import ALONE, PAIRS, one_thread, randomised, tensors  # noqa: F401  # the fixture works by its name
+from test_laws import ALONE, CHOICES, PAIRS, one_thread, randomised, tensors  # noqa: F401  # the fixture works by its name
 from tolerance import assert_as_good, assert_near
 
 KERNELS = {name: plugins.find("kernels", name)() for name in plugins.names("kernels") if name != "reference"}
-SOME = [
-    *ALONE,
-    *random.Random(2).sample(PAIRS, 6),
+FUSED = [
+    "nope",
+    "rope",
+    "alibi",
     "alibi + alibi",
+    "kerple",
+    "fire",
+    "stable_mask",
+    "learned_sink",
     "alibi + stable_mask",
-    "alibi + rope + differential",
 ]
+FUSED += ["differential + alibi + rope", "differential_v2", "t5 + learned_sink + differential_v2(share_bias=true)"]
+SOME = [*dict.fromkeys([*FUSED, *ALONE, *CHOICES, *random.Random(2).sample(PAIRS, 8)])]
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Shape:
     window: int | None = None
     documents: str | None = None  # packed, padded, interleaved
     numbered: bool = False  # positions are told, though they are 0, 1, 2, …
+    ahead: bool = False  # what comes after is seen, too
 
     def sight(self, device=None):
         documents = positions = None
@@ -60,14 +67,10 @@ class Shape:
             positions = consecutive(documents)
         elif self.numbered:
             positions = torch.arange(self.tokens, device=device)[None]
-        return Sight.causal(
-            self.tokens,
-            queries=self.queries,
-            positions=positions,
-            documents=documents,
-            window=self.window,
-            device=device,
-        )
+        told = {"positions": positions, "documents": documents, "window": self.window, "device": device}
+        if self.ahead:
+            return Sight.bidirectional(self.tokens, **told)
+        return Sight.causal(self.tokens, queries=self.queries, **told)
 
 
 SHAPES = {
@@ -95,6 +98,9 @@ SHAPES = {
     "prefill chunk": Shape(129, queries=7, heads=6, groups=2),
     "prefill chunk in a window": Shape(129, queries=40, window=9),
     "prefill chunk in documents": Shape(65, queries=9, documents="packed", batch=2),
+    "both ways": Shape(33, ahead=True, batch=2),
+    "both ways in a window": Shape(65, ahead=True, window=4, heads=4),
+    "both ways in documents": Shape(33, ahead=True, documents="interleaved", window=20),
 }
 
 
@@ -125,17 +131,17 @@ def results(attend, given, sight, scheme):
     return {"outputs": outputs.detach(), **dict(zip(names, zero, strict=True))}
 
 
-CUT = ["thirteen", "a block and one", "window", "interleaved in a window", "prefill chunk in documents"]
+TELLING = ["thirteen", "a block and one", "interleaved in a window", "decode", "prefill chunk", "both ways in a window"]
+CUT = ["thirteen", "a block and one", "window", "interleaved in a window", "prefill chunk in documents", "both ways"]
 
 
-@pytest.fixture(params=[*SHAPES, *(f"{place}, cut small" for place in CUT)])
-def shape_and_kernels(request, monkeypatch):
-    """A call, and the kernels for it: as they are, or made to cut it into many pieces."""
-    place, *small = request.param.split(", ")
-    if not small:
-        return SHAPES[place], KERNELS
-    monkeypatch.setattr(square, "CHUNK", 5)
-    return SHAPES[place], {"square": KERNELS["square"], "chunked": Chunked(entries=1)}
+def cases():
+    """What fused kernels are made for in every shape, all else in the telling ones; all cut into small chunks."""
+    for expression in SOME:
+        for place in SHAPES if expression in FUSED else TELLING:
+            yield pytest.param(expression, place, False, id=f"{expression}-{place}")
+        for place in CUT:
+            yield pytest.param(expression, place, True, id=f"{expression}-{place}, cut small")
 
 
 def call_of(given, sight, scheme):
@@ -147,9 +153,12 @@ def narrows_the_sink(name, scheme):
     return name == "square" and bool(scheme.sinks) and not scheme.biases
 
 
-@pytest.mark.parametrize("expression", SOME)
-def test_every_kernel_is_the_definition(expression, shape_and_kernels):
-    shape, some = shape_and_kernels
+@pytest.mark.parametrize(("expression", "place", "small"), [*cases()])
+def test_every_kernel_is_the_definition(expression, place, small, monkeypatch):
+    shape, some = SHAPES[place], KERNELS
+    if small:
+        monkeypatch.setattr(square, "CHUNK", 5)
+        some = {"square": KERNELS["square"], "chunked": Chunked(entries=1, whole=0)}
     scheme, sight = scheme_of(expression, shape).double(), shape.sight()
     if scheme.refusal(sight):
         return
@@ -162,6 +171,22 @@ def test_every_kernel_is_the_definition(expression, shape_and_kernels):
             continue
         for what, value in results(kernel.attend, given, sight, scheme).items():
             assert_near(value, expected[what], f"{what} of {name}")
+
+
+def test_small_chunks_are_many(monkeypatch):
+    """What is said of chunks is said of chunks."""
+    scheme, sight, asked = scheme_of("nope", Shape(65)), Sight.causal(65), []
+
+    def count(queries, *rest):
+        asked.append(queries.shape[2])
+        return reference_attend(queries, *rest)
+
+    reference_attend = reference.attend
+    monkeypatch.setattr(reference, "attend", count)
+    given = tensors(scheme, 65)
+    with torch.no_grad():
+        Chunked(entries=1, whole=0).attend(given.queries, given.keys, given.values, sight, scheme)
+    assert asked == [16, 16, 16, 16, 1]
 
 
 @pytest.mark.xfail(strict=True, reason="square rounds a sink to float32 where no bias is added")
@@ -324,9 +349,11 @@ def test_a_key_in_front_may_have_no_score():
 @pytest.mark.parametrize("expression", ["alibi + stable_mask", "kerple", "kerple + dape_v2(hidden=3)"])
 def test_a_second_backward_gives_the_same_gradients(expression, kernel):
     scheme, sight = scheme_of(expression, Shape(37)).double(), Sight.causal(37)
-    chosen = {**KERNELS, "small chunks": Chunked(entries=1), "reference": plugins.find("kernels", "reference")()}[
-        kernel
-    ]
+    chosen = {
+        **KERNELS,
+        "small chunks": Chunked(entries=1, whole=0),
+        "reference": plugins.find("kernels", "reference")(),
+    }[kernel]
     given = tensors(scheme, 37)
     if chosen.refusal(scheme, call_of(given, sight, scheme)) is not None:
         return
@@ -394,7 +421,7 @@ def largest(attend, tokens, expression, window=None):
 def test_chunks_never_hold_the_square():
     """DAPE V2 at 2,048 tokens: memory goes with chunk × length × channels, forward and backward."""
     tokens, heads, hidden, rows = 2048, 2, 4, 32
-    chunked = Chunked(entries=heads * tokens * rows)
+    chunked = Chunked(entries=heads * tokens * rows, whole=0)
     expression = f"alibi + dape_v2(hidden={hidden})"
     assert chunked.rows(heads, Sight.causal(tokens)) == rows
     held = largest(chunked.attend, tokens, expression)
@@ -404,7 +431,7 @@ def test_chunks_never_hold_the_square():
 
 def test_under_a_window_chunks_hold_only_what_it_shows():
     tokens, window = 2048, 64
-    chunked = Chunked(entries=1)
+    chunked = Chunked(entries=1, whole=0)
     assert chunked.rows(2, Sight.causal(tokens, window=window)) == 16
     held = largest(chunked.attend, tokens, "dape_v2(hidden=4)", window)
     assert held <= max((16 + window) * 16 * 4, tokens * 2 * 8), "no more than a chunk, or the inputs themselves"

@@ -83,6 +83,38 @@ def test_alibi_is_not_scaled_with_the_scores():
     assert_near(attend(queries, keys, values, scheme), scores.softmax(-1) @ values)
 
 
+@pytest.mark.parametrize(
+    ("form", "ahead"),
+    [("symmetric", [0.5, 1, 1.5]), ("offset", [0.25, 0.75, 1.25]), ("separate", [2**-1.5, 2 * 2**-1.5, 3 * 2**-1.5])],
+)
+def test_alibi_both_ways_has_the_published_forms(form, ahead):
+    """In the first of eight heads, whose slope is ½; a slope of its own lies half a step on."""
+    bias = method(f"alibi(form={form})", heads=8).at(torch.arange(-3, 4))[0]
+    assert bias.tolist() == pytest.approx([-ahead[2], -ahead[1], -ahead[0], 0, -0.5, -1, -1.5])
+
+
+def test_alibi_may_split_its_heads_between_before_and_after():
+    bias = method("alibi(form=split)", heads=4).at(torch.arange(-2, 3))
+    assert bias[:2].isfinite().tolist() == [[False, False, True, True, True]] * 2
+    assert bias[2:].isfinite().tolist() == [[True, True, True, False, False]] * 2
+    assert_near(-bias[:2, -1], 2 * slopes(2).double())
+    assert_near(-bias[2:, 0], 2 * slopes(2).double())
+    with pytest.raises(UserError, match="hides keys by its bias"):
+        build_scheme("alibi(form=split) + dape_v2", heads=4)
+    with pytest.raises(UserError, match="3 is odd"):
+        build_scheme("alibi(form=split)", heads=3)
+
+
+def test_alibi_may_learn_and_stretch_its_slopes():
+    plain, learned, flat = method("alibi"), method("alibi(learned=true)"), method("alibi(factor=4)")
+    distances = torch.arange(9)
+    assert torch.allclose(learned.at(distances), plain.at(distances), rtol=1e-6)
+    assert_near(flat.at(distances), plain.at(distances) / 4)
+    learned.at(distances).sum().backward()
+    assert (learned.start.grad != 0).all()
+    assert not list(plain.parameters())
+
+
 # T5
 
 STARTS = [*range(16), 16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
@@ -112,6 +144,18 @@ def test_t5_reads_its_table_by_bucket():
     own = method("t5", heads=3)
     assert_near(own.at(torch.tensor([0, 5, 20, 5000])), own.table[[0, 5, 17, 31]].T)
     assert own.table.shape == (32, 3)
+
+
+def test_t5_has_the_scale_of_its_convention():
+    sight = Sight.causal(7)
+    scaled, original, multiplied = (
+        build_scheme(f"t5(scale={scale})", heads=2, head_width=16) for scale in ("scaled", "original", "multiplied")
+    )
+    assert (scaled.scale, original.scale, multiplied.scale) == (0.25, 1.0, 0.25)
+    for scheme in (original, multiplied):
+        scheme.load_state_dict(scaled.state_dict())
+    assert_near(original.bias(sight), scaled.bias(sight))
+    assert_near(multiplied.bias(sight), 4 * scaled.bias(sight))
 
 
 def test_t5_refuses_fractional_distances():
@@ -161,6 +205,37 @@ def test_kerple_has_a_finite_gradient_at_distance_nought():
     assert own.amplitude.grad.isfinite().all() and own.rate.grad.isfinite().all()
 
 
+def test_kerple_has_a_power_kernel():
+    own = shaken(method("kerple(kernel=power)"))
+    amplitude, power = 0.01 + (1 + own.amplitude.exp()).log(), 0.01 + 1.99 / (1 + (-own.rate).exp())
+    for distance in (1, 7, 300):
+        assert_near(own.at(torch.tensor([-distance, distance])), (-amplitude * distance**power)[:, None].expand(-1, 2))
+    own.at(torch.arange(3)).sum().backward()
+    assert not own.at(torch.tensor([0])).any() and own.rate.grad.isfinite().all()
+
+
+# FIRE
+
+
+@torch.no_grad()
+def test_fire_divides_by_how_far_a_query_could_look():
+    own = shaken(method("fire(threshold=10)", heads=3))
+    queries, keys = torch.tensor([[2, 30]]), torch.tensor([[0, 2, 29]])
+    bias, limit = own.between(queries, keys), abs(own.stretch.item() * 10)
+    for row, query in enumerate((2, 30)):
+        for column, key in enumerate((0, 2, 29)):
+            rate, reach = own.rate.item(), max(limit, query)
+            part = math.log(abs(rate * (query - key)) + 1) / (math.log(abs(rate * reach) + 1) + 1e-6)
+            hidden = F.relu(own.first.weight[:, 0] * part + own.first.bias)
+            assert_near(bias[0, :, row, column], own.second.weight @ hidden + own.second.bias)
+
+
+def test_fire_starts_at_the_published_numbers():
+    own = method("fire", context=300)
+    assert (own.rate.item(), own.stretch.item(), own.threshold) == (pytest.approx(0.1), 1.0, 300.0)
+    assert own.first.weight.shape == (32, 1)
+
+
 # Sinusoidal and learned
 
 
@@ -173,6 +248,16 @@ def test_sinusoidal_adds_sines_then_cosines(width):
         angles = [position * 10000 ** (-n / half) for n in range(half)]
         expected = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
         assert (encoded[0, place] / own.scale).tolist() == pytest.approx(expected[:width], abs=1e-9)
+
+
+def test_sinusoidal_may_be_interleaved_and_unscaled():
+    halves, printed = (
+        method(f"sinusoidal(scaled=false, layout={each})", width=8) for each in ("halves", "interleaved")
+    )
+    zero, places = torch.zeros(1, 5, 8).double(), torch.arange(5)[None]
+    order = torch.arange(8).view(2, 4).T.flatten()
+    assert_near(printed.encode(zero, places), halves.encode(zero, places)[..., order])
+    assert halves.scale == 1
 
 
 def test_sinusoidal_is_as_large_as_a_fresh_embedding():
@@ -260,6 +345,149 @@ def test_rope_keeps_every_norm_and_leaves_position_nought_alone():
 def test_rope_refuses_an_odd_head_width():
     with pytest.raises(UserError, match=r"head_width \(7\) must be even"):
         method("rope", head_width=7)
+
+
+def frequencies(expression, head_width=8, context=64):
+    """What each pair of features turns by at position 1, read off two turned queries."""
+    own, half = method(expression, head_width=head_width, context=context), head_width // 2
+    one = torch.cat([torch.ones(half), torch.zeros(half)]).double().expand(1, 1, 1, -1)
+    turned = own.queries(one, torch.tensor([[1]]))[0, 0, 0]
+    size = torch.complex(turned[:half], turned[half:])
+    return size.angle(), size.abs()
+
+
+PLAIN = 10000.0 ** (-torch.arange(4).double() / 4)
+
+
+def test_rope_scalings_leave_a_model_as_it_is_at_factor_one():
+    for scaling in ("pi", "ntk", "yarn", "llama3"):
+        angles, size = frequencies(f"rope(scaling={scaling})")
+        assert_near(angles, PLAIN, scaling)
+        assert_near(size, torch.ones(4).double(), scaling)
+
+
+def test_rope_scalings_have_the_published_frequencies():
+    assert_near(frequencies("rope(scaling=pi, factor=4)")[0], PLAIN / 4)
+    assert_near(
+        frequencies("rope(scaling=ntk, factor=4)")[0], (10000 * 4 ** (8 / 6)) ** (-torch.arange(4).double() / 4)
+    )
+    angles, size = frequencies("rope(scaling=yarn, factor=4, original=4096)", head_width=8)
+    low = math.floor(4 * math.log(4096 / (32 * 2 * math.pi)) / math.log(10000))
+    high = math.ceil(4 * math.log(4096 / (2 * math.pi)) / math.log(10000))
+    ramp = ((torch.arange(4).double() - low) / (high - low)).clamp(0, 1)
+    assert ramp.tolist() == [0, 0, 0.5, 1], "a wave of each sort"
+    assert_near(angles, PLAIN * (1 - ramp) + PLAIN / 4 * ramp)
+    assert_near(size, torch.full((4,), 0.1 * math.log(4) + 1, dtype=torch.float64))
+    expected = []
+    for frequency in PLAIN.tolist():  # as printed in transformers, low_freq_factor 1 and high_freq_factor 4
+        wave = 2 * math.pi / frequency
+        smooth = (1000 / wave - 1) / 3
+        blend = (1 - smooth) * frequency / 8 + smooth * frequency
+        expected.append(frequency / 8 if wave > 1000 else frequency if wave < 250 else blend)
+    assert expected[0] == 1 and PLAIN[2] / 8 < expected[2] < PLAIN[2] and expected[3] == PLAIN[3] / 8
+    assert_near(
+        frequencies("rope(scaling=llama3, factor=8, original=1000)")[0], torch.tensor(expected, dtype=torch.float64)
+    )
+
+
+def test_rope_may_turn_a_part_of_the_features_or_of_the_frequencies():
+    x, places = noise(1, 1, 5, 8), torch.arange(5)[None]
+    part = method("rope(fraction=0.5)").queries(x, places)
+    assert torch.equal(part[..., 4:], x[..., 4:])
+    assert_near(part[..., :4], method("rope", head_width=4).queries(x[..., :4], places))
+    still = method("rope(p=0.5)").queries(x, places)
+    assert torch.equal(still[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]])
+    assert_near(still[..., [0, 1, 4, 5]], method("rope").queries(x, places)[..., [0, 1, 4, 5]])
+
+
+def test_a_factor_needs_a_scaling():
+    with pytest.raises(UserError, match=r"rope\(factor=2.0\) needs a scaling"):
+        method("rope(factor=2)")
+
+
+# Log n
+
+
+def test_log_n_is_one_at_the_trained_length_and_grows_with_it():
+    x = torch.ones(1, 4, 3, 8).double()
+    places = torch.tensor([[0, 63, 4095]])
+    for expression, first in (("log_n", 0.0), ("log_n(clip=true)", 1.0), ("log_n(learned=true)", 0.0)):
+        own = method(expression, context=64)
+        assert own.queries(x, places)[0, :, :, 0].tolist() == [pytest.approx([first, 1.0, 2.0], abs=1e-6)] * 4
+        assert torch.equal(own.keys(x, places), x)
+    assert sum(each.numel() for each in method("log_n(learned=true)").parameters()) == 4
+
+
+# CoPE, Transformer-XL and DAPE V1: maps of a row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("documents", [None, (0, 1, 0, 0, -1, 1, 0)])
+def test_cope_counts_positions_by_gates_from_the_query_back(documents):
+    scheme = shaken(build_scheme("cope(positions=3)", heads=2, head_width=4).double())
+    queries, keys, values = noise(3, 1, 2, 7, 4)
+    places, numbers = torch.arange(7)[None], None if documents is None else torch.tensor([documents])
+    sight = Sight.causal(7, positions=places if documents else None, documents=numbers)
+    outputs = attend(queries, keys, values, scheme, sight)
+    for head, row in itertools.product(range(2), range(7)):
+        seen = sight.visible()[0, 0, row].nonzero()[:, 0].tolist()
+        query, scores, counted = queries[0, head, row], [], 0.0
+        for key in reversed(seen):
+            score = (query @ keys[0, head, key]).item() / 2
+            counted += 1 / (1 + math.exp(-score))
+            place = min(counted, 2.0)
+            low, high = (query @ scheme.maps[0].embedding[:, round_(place)] for round_ in (math.floor, math.ceil))
+            scores.insert(0, score + low + (place - math.floor(place)) * (high - low))
+        weights = torch.tensor(scores).double().softmax(-1)
+        assert_near(outputs[0, head, row], weights @ values[0, head, seen], f"head {head}, row {row}")
+
+
+@torch.no_grad()
+def test_transformer_xl_meets_projected_sinusoids_of_the_distance():
+    scheme = shaken(build_scheme("transformer_xl", heads=2, head_width=4, width=6).double())
+    own, (queries, keys, values) = scheme.maps[0], noise(3, 1, 2, 7, 4)
+    outputs = attend(queries, keys, values, scheme)
+    weight = own.project.weight.unflatten(0, (2, 4))
+    waves = 10000.0 ** (-torch.arange(3).double() / 3)
+    for head, row in itertools.product(range(2), range(7)):
+        scores = []
+        for key in range(row + 1):
+            sinusoid = torch.cat([((row - key) * waves).sin(), ((row - key) * waves).cos()])
+            query = queries[0, head, row]
+            content = (query + own.content[head]) @ keys[0, head, key]
+            scores.append((content + (query + own.place[head]) @ (weight[head] @ sinusoid)) / 2)
+        assert_near(outputs[0, head, row], torch.stack(scores).softmax(-1) @ values[0, head, : row + 1])
+
+
+def test_dape_v1_is_dape_v2_with_a_kernel_of_one():
+    pointwise = shaken(build_scheme("kerple + dape_v2(kernel=1)", heads=3, head_width=4).double())
+    net = build_scheme("kerple + dape_v1", heads=3, head_width=4).double()
+    net.load_state_dict(
+        {name: value.reshape(net.state_dict()[name].shape) for name, value in pointwise.state_dict().items()}
+    )
+    queries, keys, values = noise(3, 2, 3, 9, 4)
+    assert_near(attend(queries, keys, values, net), attend(queries, keys, values, pointwise))
+
+
+def test_dape_v1_has_the_published_number_of_parameters():
+    def count(expression):
+        return sum(each.numel() for each in build_scheme(expression, heads=12, head_width=2).maps[0].parameters())
+
+    assert (count("alibi + dape_v1"), count("dape_v1")) == (1196, 812)
+
+
+@torch.no_grad()
+def test_the_second_equation_of_dape_v1_reads_the_bias_and_does_not_add_it():
+    queries, keys, values = noise(3, 1, 2, 5, 4)
+    for equation in (2, 3):
+        scheme = shaken(build_scheme(f"alibi + dape_v1(equation={equation})", heads=2, head_width=4).double())
+        own, bias = scheme.maps[0], scheme.bias(Sight.causal(5))
+        scores = queries @ keys.mT / 2
+        both = torch.cat([scores, bias], 1).movedim(1, -1)
+        change = F.leaky_relu(both @ own.first.weight.T + own.first.bias, 0.01) @ own.second.weight.T + own.second.bias
+        scores = scores + change.movedim(-1, 1) + (bias if equation == 3 else 0)
+        weights = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
+        assert_near(attend(queries, keys, values, scheme), weights @ values)
 
 
 # DAPE V2
@@ -474,6 +702,55 @@ def test_the_mass_of_a_row_is_less_than_one_and_grows_with_position():
     zero, ones = torch.zeros(1, 4, 200, 4).double(), torch.ones(1, 4, 200, 4).double()
     mass = attend(zero, zero, ones, scheme)[0, :, :, 0]
     assert (mass < 1 + 1e-12).all() and (mass[:, :8] < 1).all() and (mass.diff(dim=1) >= -1e-12).all()
+
+
+# Learned sink
+
+
+def test_a_fixed_sink_of_nought_is_the_softmax_off_by_one():
+    queries, keys, values = noise(3, 1, 2, 6, 4)
+    exponentials = (queries @ keys.mT / 2).exp().tril()
+    expected = exponentials / (1 + exponentials.sum(-1, keepdim=True)) @ values
+    for expression in ("learned_sink(value=0, learned=false)", "learned_sink"):
+        scheme = build_scheme(expression, heads=2, head_width=4).double()
+        assert_near(attend(queries, keys, values, scheme), expected)
+    scheme = build_scheme("learned_sink(value=1.5)", heads=2, head_width=4).double()
+    expected = exponentials / (math.exp(1.5) + exponentials.sum(-1, keepdim=True)) @ values
+    assert_near(attend(queries, keys, values, scheme), expected)
+
+
+# Merges: gates and differences
+
+
+@pytest.mark.parametrize("per", ["feature", "head"])
+def test_a_gate_multiplies_what_a_head_gives(per):
+    scheme = build_scheme(f"gate(per={per})", heads=3, head_width=4).double()
+    outputs, x = noise(2, 3, 5, 4), noise(2, 5, 12, seed=1)
+    gates = (1 / (1 + (-x @ scheme.merges[0].project.weight.T).exp())).unflatten(-1, (3, -1))  # b q h v or 1
+    assert_near(scheme.merge(outputs, x), outputs * gates.transpose(1, 2))
+
+
+def test_a_merge_that_reads_the_input_asks_for_it():
+    with pytest.raises(UserError, match="Gate reads the input of the layer; pass inputs=x"):
+        build_scheme("gate", heads=3, head_width=4).merge(torch.zeros(1, 3, 2, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (4, 1)])
+def test_differential_v2_weighs_two_maps_of_one_group(heads, groups):
+    scheme = build_scheme("differential_v2", heads=heads, groups=groups, head_width=4).double()
+    assert (scheme.heads.score_heads, scheme.heads.key_heads, scheme.heads.value_width) == (2 * heads, groups, 4)
+    queries, keys, values = noise(2, 2 * heads, 7, 4), noise(2, groups, 7, 4, seed=1), noise(2, groups, 7, 4, seed=2)
+    x, ahead = noise(2, 7, 4 * heads, seed=3), torch.ones(7, 7).triu(1).bool()
+    ours = scheme.merge(attend(queries, keys, values, scheme), x)
+    balance = torch.sigmoid(x @ scheme.merges[0].balance.weight.T)
+    for head in range(heads):
+        group = head // (heads // groups)
+        first, second = (
+            (queries[:, each] @ keys[:, group].mT / 2).masked_fill(ahead, -torch.inf).softmax(-1) @ values[:, group]
+            for each in (head, head + heads)
+        )
+        assert_near(ours[:, head], first - balance[:, :, head, None] * second, f"head {head}")
 
 
 # Differential

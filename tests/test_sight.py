@@ -15,18 +15,18 @@ lines = st.integers(1, 9).flatmap(
 windows = st.none() | st.integers(1, 12)
 
 
-def sees(documents, window, query, key):
+def sees(documents, window, query, key, ahead=False):
     """Whether one token sees another, from the words of the design."""
     if key == query:
         return True
-    if key > query or (window is not None and query - key >= window):
+    if (key > query and not ahead) or (window is not None and abs(query - key) >= window):
         return False
     return documents is None or documents[query] == documents[key] != -1
 
 
-def square(documents, window, tokens):
-    lines = [None] if documents is None else documents
-    return torch.tensor([[[sees(line, window, q, k) for k in range(tokens)] for q in range(tokens)] for line in lines])
+def square(documents, window, tokens, ahead=False):
+    lines, every = [None] if documents is None else documents, range(tokens)
+    return torch.tensor([[[sees(line, window, q, k, ahead) for k in every] for q in every] for line in lines])
 
 
 def sight_of(documents, window, queries=None):
@@ -76,6 +76,21 @@ def test_rows_are_cut_from_the_square_and_lose_no_visible_key(documents, window,
     assert rows.sum() == rows[:, :, kept].sum()
     assert torch.equal(part.key_positions, consecutive(torch.tensor(documents))[:, kept])
     assert part.key_positions.shape[1] == part.keys and part.query_positions.shape[1] == stop - start
+
+
+@settings(deadline=None)
+@given(documents=lines, window=windows, data=st.data())
+def test_both_ways_a_token_sees_its_document_and_window(documents, window, data):
+    numbers, tokens = torch.tensor(documents), len(documents[0])
+    sight = Sight.bidirectional(tokens, positions=consecutive(numbers), documents=numbers, window=window)
+    expected = square(documents, window, tokens, ahead=True)
+    assert torch.equal(sight.visible()[:, 0], expected) and not sight.plain
+    assert torch.equal(Sight.bidirectional(tokens).visible()[0, 0], torch.ones(tokens, tokens, dtype=torch.bool))
+    start = data.draw(st.integers(0, tokens - 1))
+    stop = data.draw(st.integers(start + 1, tokens))
+    part, rows = sight.rows(start, stop), expected[:, start:stop]
+    kept = slice(part.first_key, part.first_key + part.keys)
+    assert torch.equal(part.visible()[:, 0], rows[:, :, kept]) and rows.sum() == rows[:, :, kept].sum()
 
 
 def test_rows_leave_out_the_keys_ahead_and_those_behind_the_window():

@@ -298,11 +298,11 @@ def test_every_setting_changes_the_weights(a_run, tmp_path, setting):
 
 def test_a_loss_that_is_not_finite_is_told_with_its_update(a_run, tmp_path):
     run = a_run("training.rate=1e30", "training.warmup=0", "training.clip=none", "training.checkpoint_every=1")
-    with pytest.raises(UserError, match=r"The .* of update (\d+) is (nan|inf).*training\.rate") as told:
+    with pytest.raises(UserError, match=r"The .* of update (\d+) is .*(nan|inf).*training\.rate") as told:
         train(run, tmp_path)
     done = len(log(tmp_path))
     assert f"update {done + 1} " in str(told.value)
-    assert f"checkpoints/{done};" in str(told.value)
+    assert f"checkpoints/{done}." in str(told.value)
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path))
 
 
@@ -492,7 +492,6 @@ def test_a_foreign_scheme_is_not_run_without_trust(a_run, tmp_path, foreign, sch
 def test_a_foreign_source_of_text_is_not_run_without_trust(a_run, tmp_path, foreign):
     train(a_run(), tmp_path / "run")
     rewrite(tmp_path / "run", 'source = "text_file"', 'source = "somebodys.corpus"')
-    lookfar.load(tmp_path / "run")  # reads no text
     with pytest.raises(UserError, match=r"would execute the code of 'somebodys\.corpus'; allow it with trust=True"):
         evaluate_run(tmp_path / "run")
     assert not foreign()

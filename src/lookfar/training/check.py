@@ -7,7 +7,7 @@ from lookfar.attention.scheme import build_scheme, parse
 from lookfar.config import Run
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
-from lookfar.methods.base import Method
+from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
 
@@ -40,5 +40,13 @@ def check(run: Run) -> None:
                 width=model.width,
                 layer=layer,
             )
+    expressions = {str(term) for layer in range(model.layers) for term in parse(layer_scheme(model, layer))}
+    named = [each for each in sorted(expressions) if _encodes_inputs(each)]
+    if len(named) > 1:
+        raise UserError(f"Embeddings are encoded once: {named[0]!r} and {named[1]!r} cannot be in one pattern.")
     device_of(model.device)
     plugins.find("data", run.data.source)
+
+
+def _encodes_inputs(expression: str) -> bool:
+    return issubclass(plugins.find("methods", plugins.parse(expression)[0].name), InputEncoding)

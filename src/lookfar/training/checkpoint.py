@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
 from lookfar import files, plugins
@@ -42,7 +43,7 @@ def save(folder: Path, update: int, model: Decoder, state: dict[str, Any]) -> Pa
         files.sync_folder(final.parent)
         manifest = read_manifest(folder)
         files.write(folder / run_folder.MANIFEST, _spell({**manifest, "last": update}))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"The checkpoint of update {update} could not be written to {final.parent} ({error}); "
@@ -61,12 +62,25 @@ def note_best(folder: Path, update: int, loss: float) -> None:
     files.write(folder / run_folder.MANIFEST, _spell({**read_manifest(folder), "best": update, "best_loss": loss}))
 
 
-def thin(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the last `keep` and the best."""
-    best = read_manifest(folder).get("best")
-    for update in updates(folder)[:-keep]:
-        if update != best:
-            shutil.rmtree(folder / "checkpoints" / str(update), ignore_errors=True)
+def thin(folder: Path, keep: int, every: int | None) -> None:
+    """Remove all checkpoints but the newest, the best, and the last `keep` of those that were due."""
+    found, best = updates(folder), read_manifest(folder).get("best")
+    due = [update for update in found if every is None or update % every == 0 or update == found[-1]]
+    for update in set(found) - {found[-1], best, *due[-keep:]}:
+        shutil.rmtree(folder / "checkpoints" / str(update), ignore_errors=True)
+
+
+def drop_after(folder: Path, update: int | None) -> None:
+    """Remove the checkpoints after this update, damaged as they are: they will be made again."""
+    for later in updates(folder):
+        if update is None or later > update:
+            shutil.rmtree(folder / "checkpoints" / str(later), ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves have left half-written."""
+    for aside in (folder / "checkpoints").glob(".*"):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def updates(folder: Path) -> list[int]:
@@ -130,8 +144,10 @@ def load(folder: str | Path, *, which: str | int = "last", scheme: str | None = 
         run = run.model_copy(update={"model": run.model.model_copy(update={"scheme": scheme})})
     if which in ("last", "best"):
         update = newest(folder) if which == "last" else read_manifest(folder).get("best")
-    else:
+    elif str(which).isdigit():
         update = int(which)
+    else:
+        raise UserError(f"No checkpoint is called {which!r}; name 'last', 'best' or a number of updates.")
     if update is None or update not in updates(folder):
         raise UserError(f"{folder} has no whole checkpoint {which!r}; it has: {updates(folder) or 'none'}.")
     if damage := inspect(folder / "checkpoints" / str(update)):

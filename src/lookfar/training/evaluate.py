@@ -9,6 +9,7 @@ from lookfar.data.base import Split
 from lookfar.data.corpus import open_corpus
 from lookfar.data.text_file import read_text
 from lookfar.data.tokenizers import load_tokenizer
+from lookfar.errors import UserError
 from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
@@ -43,6 +44,8 @@ def evaluate_run(
     evaluation = type(run.evaluation)(**{**run.evaluation.model_dump(), **given})
     model = run.model if scheme is None else run.model.model_copy(update={"scheme": scheme})
     run = run.model_copy(update={"evaluation": evaluation, "model": model})
+    if "." in run.data.source and data is None and not trust:
+        raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
     decoder = load(folder, scheme=scheme, trust=trust)
     check(run)
     with run_folder.claim(folder):

@@ -49,16 +49,18 @@ def claim(folder: Path) -> Iterator[None]:
 
 def settle(folder: Path, run: Run, label: str) -> None:
     """Write the recipe of a new run; for one that is there already, refuse what would make it another run."""
-    file = folder / RECIPE
-    if not file.exists():
-        versions = {
-            "lookfar": lookfar.__version__,
-            "torch": torch.__version__,
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "data": label,
-        }
-        files.write(file, config.write_toml({**run.model_dump(), "versions": versions}).encode())
-        return
+    if (folder / RECIPE).exists():
+        _refuse_another(folder, run, label)
+    versions = {
+        "lookfar": lookfar.__version__,
+        "torch": torch.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "data": label,
+    }
+    files.write(folder / RECIPE, config.write_toml({**run.model_dump(), "versions": versions}).encode())
+
+
+def _refuse_another(folder: Path, run: Run, label: str) -> None:
     before, label_before = read(folder)
     changed = [key for key in _differences(before.model_dump(), run.model_dump()) if not _is_free(key, run)]
     if changed:
@@ -86,6 +88,11 @@ def add_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     kept = {_key(row): row for row in files.read_lines(folder / ROWS)}
     kept.update({_key(row): row for row in rows})
     files.write_lines(folder / ROWS, kept.values())
+
+
+def forget_rows(folder: Path) -> None:
+    """Remove what was measured."""
+    (folder / ROWS).unlink(missing_ok=True)
 
 
 def trim_log(folder: Path, update: int) -> None:

@@ -40,6 +40,7 @@ def measure(
             count = sum(window.scored for window in protocol.windows(len(text.tokens) - 1, length))
             spelled = None if run.evaluation.numbering == "consecutive" else run.evaluation.numbering
             same = {
+                "scheme": about(run, folder)["scheme"],
                 "numbering": spelled,
                 "data": text.label,
                 "protocol": protocol.name,

@@ -17,7 +17,7 @@ def constant(update: int, config: TrainingConfig) -> float:
 
 def linear(update: int, config: TrainingConfig) -> float:
     """A straight line from the peak to the floor."""
-    return _warmed(update, config, lambda part: 1 - (1 - config.floor) * part)
+    return _warmed(update, config, lambda part: config.floor + (1 - config.floor) * (1 - part))
 
 
 def cosine(update: int, config: TrainingConfig) -> float:

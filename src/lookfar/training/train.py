@@ -57,6 +57,8 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
         model = Decoder(run.model).train()
         optimizer = optimizers.adamw(model, config)
         first, seconds = _resume(folder, model, optimizer)
+        if first < config.updates:
+            run_folder.forget_rows(folder)  # they were measured before what is trained now
         watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
         started = time.monotonic() - seconds
         with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
@@ -64,9 +66,9 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
                 for group in optimizer.param_groups:
                     group["lr"] = config.rate * rate(update, config)
                 loss = _accumulate(model, lines, update, run)
-                if not math.isfinite(loss):
-                    raise UserError(_not_finite(folder, update, loss, config.batch))
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+                norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise UserError(_not_finite(folder, update, loss, norm, config.batch))
                 optimizer.step()
                 optimizer.zero_grad()
                 seconds, done = time.monotonic() - started, update + 1
@@ -74,21 +76,33 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
                     "update": done,
                     "loss": loss,
                     "rate": optimizer.param_groups[0]["lr"],
-                    "norm": float(norm),
+                    "norm": norm,
                     "tokens": done * config.batch * run.model.context,
                     "seconds": round(seconds, 3),
                 }
                 _write(log, line)
                 watch({"event": "update", "updates": config.updates, **line})
+                better = None
                 if config.evaluate_every and done % config.evaluate_every == 0:
-                    _write(log, {"update": done, "valid_loss": _held_out(model, corpus, run)})
-                due = done == config.updates or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                    held_out = _held_out(model, corpus, run)
+                    _write(log, {"update": done, "valid_loss": held_out})
+                    better = (
+                        held_out if held_out < checkpoint.read_manifest(folder).get("best_loss", math.inf) else None
+                    )
+                due = (
+                    better is not None
+                    or done == config.updates
+                    or (config.checkpoint_every and done % config.checkpoint_every == 0)
+                )
                 if due or asked:
-                    _save(folder, done, model, optimizer, seconds, config.keep)
+                    _save(folder, done, model, optimizer, seconds)
+                    if better is not None:
+                        checkpoint.note_best(folder, done, better)
+                    checkpoint.thin(folder, config.keep, config.checkpoint_every)
                 if asked and done < config.updates:
                     raise Interrupted(done, asked[0])
         if config.updates == 0:
-            _save(folder, 0, model, optimizer, seconds, config.keep)
+            _save(folder, 0, model, optimizer, seconds)
         checkpoint.finish(folder, config.updates)
         run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
         return model.eval()
@@ -111,11 +125,12 @@ def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
     """The gradients and the mean loss of one batch, a piece at a time."""
     config, device, total = run.training, model.embedding.weight.device, 0.0
     size = config.batch // config.accumulation
-    number = numbering.find(config.numbering, run.model.context)
+    random = torch.Generator().manual_seed((config.seed * 1_000_003 + update) % 2**63)  # of the place: none is saved
+    numbers = numbering.find(config.numbering, run.model.context)(config.batch, run.model.context, random)
     for piece in range(config.accumulation):
         first = update * config.batch + piece * size
-        random = torch.Generator().manual_seed((config.seed << 40) + first)  # a function of the place, so none is saved
-        positions = number(size, run.model.context, random)
+        several = numbers is not None and len(numbers) > 1
+        positions = numbers[piece * size : (piece + 1) * size] if several and numbers is not None else numbers
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
         with autocast(config.precision, run.model.dtype, device):
@@ -128,7 +143,9 @@ def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
 
 def _resume(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     """Go on from the newest whole checkpoint: updates done, and seconds spent on them."""
+    checkpoint.sweep(folder)
     update = checkpoint.newest(folder)
+    checkpoint.drop_after(folder, update)
     run_folder.trim_log(folder, update or 0)
     if update is None:
         return 0, 0.0
@@ -140,9 +157,7 @@ def _resume(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> t
     return update, float(state["seconds"])
 
 
-def _save(
-    folder: Path, update: int, model: Decoder, optimizer: torch.optim.Optimizer, seconds: float, keep: int
-) -> None:
+def _save(folder: Path, update: int, model: Decoder, optimizer: torch.optim.Optimizer, seconds: float) -> None:
     state = {
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
@@ -150,7 +165,6 @@ def _save(
         "seconds": seconds,
     }
     checkpoint.save(folder, update, model, state)
-    checkpoint.thin(folder, keep)
 
 
 @contextmanager
@@ -205,10 +219,11 @@ def _write(log: Any, line: dict[str, Any]) -> None:
     log.flush()
 
 
-def _not_finite(folder: Path, update: int, loss: float, batch: int) -> str:
+def _not_finite(folder: Path, update: int, loss: float, norm: float, batch: int) -> str:
     last = checkpoint.newest(folder)
     saved = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {folder}/checkpoints/{last}"
+    what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
     return (
-        f"The loss of update {update} is {loss} (lines {update * batch} to {(update + 1) * batch - 1} of the order of "
-        f"training); {saved}. Try a lower training.rate or a longer training.warmup."
+        f"The {what} of update {update + 1} is {value} (lines {update * batch} to {(update + 1) * batch - 1} of the "
+        f"order of training); {saved}. Try a lower training.rate or a longer training.warmup."
     )

@@ -1,0 +1,182 @@
+"""The command line: a mistake is one sentence, help comes at once, and every verb works on a small run."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+
+import lookfar
+from lookfar import cli
+
+TINY = """
+[model]
+width = 16
+layers = 1
+heads = 2
+context = 16
+
+[data]
+source = "text_file"
+path = "{text}"
+
+[training]
+updates = 3
+batch = 2
+
+[evaluation]
+lengths = [16, 32]
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text.txt").write_text("".join(f"line {number} of a text\n" for number in range(400)), encoding="utf-8")
+    (folder / "tiny.toml").write_text(TINY.format(text=folder / "text.txt"), encoding="utf-8")
+    return folder / "tiny.toml"
+
+
+def run(monkeypatch, capsys, *words):
+    """The exit code of a command, and what it printed on stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["lookfar", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capsys.readouterr()
+    return left.value.code or 0, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "alibi"
+    words = [sys.executable, "-m", "lookfar", "train", recipe, "--folder", folder, "--set", "model.scheme=alibi"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_help_does_not_wait_for_torch():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "lookfar", "--help"], capture_output=True, text=True)
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "train" in done.stdout
+    assert min(times) < 0.5
+    code = "import sys, lookfar.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate"])
+def test_help_of_every_verb_shows_an_example(verb, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, verb, "--help")
+    assert code == 0 and "Example:" in out
+
+
+MISTAKES = {
+    "model.scheme=alibbi": "Did you mean 'alibi'",
+    "model.scheme=rope(bsae=3)": "Did you mean 'base'",
+    "model.scheme=rope + sinusoidal + learned": "cannot be combined",
+    "model.scheme=learned": "model.positions=32",
+    "model.heads=5": "must divide width",
+    "model.wdith=5": "Did you mean 'width'",
+    "evaluation.lengths=[0]": "greater than or equal to 1",
+    'evaluation.protocols=["slding"]': "Did you mean 'sliding'",
+    "data.source=python_libary": "Did you mean 'python_library'",
+    "data.path=/nowhere/at/all": "/nowhere/at/all",
+    "model.context=100000": "100",
+    "training.numbering=randomised(largest=99)": "Did you mean 'randomized'",
+    "model.device=nothing": "There is no device",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(override, recipe, tmp_path, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "train", recipe, "--folder", tmp_path / "run", "--set", override)
+    assert code == 2
+    assert err.startswith("lookfar: ") and MISTAKES[override] in err
+    assert "Traceback" not in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_cannot_be_read_are_told(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.toml").write_text("[model]\nwidth = = 3\n", encoding="utf-8")
+    (tmp_path / "bytes.txt").write_bytes(b"abc\xff")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    for words, told in (
+        (["train", tmp_path / "broken.toml"], "line 2, column 9"),
+        (["train", tmp_path / "none.toml"], "There is no recipe"),
+        (["train", recipe, "--set", f"data.path={tmp_path / 'bytes.txt'}"], "byte 3"),
+        (["train", recipe, "--set", f"data.path={tmp_path / 'empty.txt'}"], "is empty"),
+        (["train", recipe, "--folder", tmp_path / "empty.txt" / "run"], "cannot be written"),
+        (["evaluate", tmp_path], "is not a run's folder"),
+        (["explain", "alibbi"], "Did you mean 'alibi'"),
+        (["methods", "alibbi"], "Did you mean 'alibi'"),
+        (["report", tmp_path / "nothing"], "nothing"),
+    ):
+        code, _, err = run(monkeypatch, capsys, *words)
+        assert code == 2 and err.startswith("lookfar: ") and told in err, err
+
+
+def test_a_run_is_trained_measured_and_shown(trained):
+    rows = [json.loads(line) for line in (trained / "rows.jsonl").read_text().splitlines()]
+    assert {(row["protocol"], row["length"]) for row in rows if row["metric"] == "perplexity"} == {
+        (protocol, length) for protocol in ("non_overlapping", "sliding") for length in (16, 32)
+    }
+    assert [json.loads(line)["update"] for line in (trained / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert (trained / "checkpoints" / "3" / "model.safetensors").exists()
+
+
+def test_other_text_of_n_bytes_scores_all_but_the_first(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.txt").write_text("x" * 100, encoding="utf-8")
+    words = [
+        "evaluate",
+        trained,
+        "--lengths",
+        "16",
+        "--protocol",
+        "sliding(stride=4)",
+        "--data",
+        tmp_path / "other.txt",
+    ]
+    code, out, _ = run(monkeypatch, capsys, *words)
+    assert code == 0 and "sliding(stride=4)" in out
+    rows = [json.loads(line) for line in (trained / "rows.jsonl").read_text().splitlines()]
+    counts = {row["count"] for row in rows if row["data"].startswith("other.txt@")}
+    assert counts == {99}
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "3" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, _, err = run(monkeypatch, capsys, "evaluate", tmp_path / "run")
+    assert "warning: " in err and "passed over" in err
+    assert code == 2 and "no whole checkpoint" in err and "Traceback" not in err
+
+
+def test_a_model_writes_on(trained, monkeypatch, capsys):
+    words = ["generate", trained, "--prompt", "line", "--tokens", "5", "--temperature", "0"]
+    code, out, _ = run(monkeypatch, capsys, *words)
+    assert code == 0 and out.startswith("line")
+    code, _, err = run(monkeypatch, capsys, "generate", trained, "--prompt", "")
+    assert code == 2 and "prompt is empty" in err
+
+
+@pytest.mark.parametrize("name", ["nope", *lookfar.names("methods")])
+def test_every_method_has_a_page(name, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "methods", name)
+    assert code == 0 and "arXiv" in out and "Kernels" in out
+
+
+def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "explain", "kerple + dape_v2", "--length", "2048")
+    assert code == 0 and "taken" in out and "rewrites the scores" in out
+    for kernel in lookfar.names("kernels"):
+        assert kernel in out
