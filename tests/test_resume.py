@@ -139,6 +139,15 @@ def test_a_signal_at_the_last_update_lets_the_run_end(a_run, tmp_path, whole):
     assert_same_end(tmp_path, whole)
 
 
+@pytest.fixture
+def heard():
+    """SIGINT as in a terminal: a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_a_second_signal_acts_at_once(a_run, tmp_path, whole):
     def impatient(event):
         if event["event"] == "update" and event["update"] == 5:

@@ -125,7 +125,7 @@ def test_settings_that_make_no_sense_are_told_when_they_are_built(expression, pa
         ("  kerple+dape_v2( kernel = 3 )", "kerple + dape_v2(kernel=3)"),
         ("dape_v2(repair='paper')", "dape_v2(repair=paper)"),
         ("t5(shared=false)", "t5(shared=false)"),
-        ("rope(base=1e4)", "rope(base=10000.0)"),
+        ("rope(base=1e4)", "rope(base=10000)"),
         ("stable_mask(columns=infinite,gamma=0.5)", "stable_mask(columns=infinite, gamma=0.5)"),
         ("alibi + (kerple + rope)", "alibi + kerple + rope"),
     ],
@@ -162,11 +162,10 @@ def test_shared_methods_are_shared_only_under_equal_settings():
     assert first is last and first is not other
 
 
-@pytest.mark.xfail(strict=True, reason="_build and build_scheme read the word before it is checked: 'off' is true")
 def test_a_switch_may_be_told_in_any_word_that_is_understood():
     tables = {id(block.attention.scheme.biases[0].table) for block in decoder("t5(shared=off)").blocks}
     scheme = build_scheme("alibi + differential(share_bias=no)", heads=4)
-    assert (len(tables), scheme.merges[0].share_bias, len(scheme.biases[0].slopes)) == (3, False, 4)
+    assert (len(tables), scheme.merges[0].share_bias, scheme.biases[0].slopes.shape[-1]) == (3, False, 4)
 
 
 def test_a_shared_table_stays_one_when_the_model_is_moved():

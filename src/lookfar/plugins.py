@@ -163,5 +163,8 @@ def _value(node: ast.expr, expression: str) -> Any:
 def _spell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    plain = isinstance(value, str) and value.isascii() and value.isidentifier() and not iskeyword(value)
-    return value if plain and value not in ("true", "false", "none") else repr(value)
+    if isinstance(value, float) and value.is_integer():
+        return repr(int(value))  # 3 and 3.0 are one setting
+    if isinstance(value, str) and value.isascii() and value.isidentifier() and not iskeyword(value):
+        return repr(value) if value in ("true", "false", "none") else value
+    return repr(value)

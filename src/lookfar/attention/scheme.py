@@ -151,8 +151,7 @@ def parse(expression: str) -> list[Term]:
     if "nope" in expression and any(term.name == "nope" and term.settings for term in plugins.parse(expression)):
         raise UserError("nope is the empty scheme and has no settings.")
     kinds = [(term, plugins.find("methods", term.name)) for term in terms]
-    for term, kind in kinds:
-        plugins.check(kind, term)
+    terms = [Term(term.name, plugins.check(kind, term)) for term, kind in kinds]
     _at_most_one(kinds, "encodes the embeddings", lambda kind: issubclass(kind, InputEncoding))
     _at_most_one(kinds, "rotates queries and keys", lambda kind: issubclass(kind, QueryKeyEncoding) and kind.rotation)
     _at_most_one(kinds, "rewrites the scores", lambda kind: issubclass(kind, ScoreMap))

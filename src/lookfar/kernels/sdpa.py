@@ -15,6 +15,7 @@ from lookfar.methods.alibi import Alibi
 from lookfar.sight import Sight
 
 MASKED = 1 << 24  # entries of a dense mask that it accepts
+TILE, EVEN = 512, 16  # keys that torch takes at a time on a CPU; a last tile of fewer is added up in another order
 
 
 class Sdpa(Kernel):
@@ -55,7 +56,7 @@ class Sdpa(Kernel):
         sight: Sight,
         scheme: Scheme,
     ) -> Float[Tensor, "b h q v"]:
-        scale, value_width = scheme.scale, values.shape[-1]
+        scale, value_width, asked = scheme.scale, values.shape[-1], queries.shape[2]
         keys, values = scheme.heads.keys_for_scores(keys), scheme.heads.values_for_scores(values)
         sink = scheme.sink(sight.query_positions)
         if scheme.biases:
@@ -67,11 +68,14 @@ class Sdpa(Kernel):
         queries, keys, values = _equally_wide(queries, keys, values)
         causal = sight.plain and sight.queries == sight.keys
         mask = None if causal or (sight.plain and sight.queries == 1) else _mask(sight, queries.dtype)
+        if scheme.biases and asked > 1 and 0 < keys.shape[2] % TILE < EVEN:
+            queries, keys, values, mask = _longer(queries, keys, values, mask)
+            sink = None if sink is None else F.pad(sink, (0, queries.shape[2] - asked))
         if sink is None:
             output = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=scale)
         else:
             output = _AttendWithSink.apply(queries, keys, values, sink.expand(queries.shape[:3]), mask, causal, scale)
-        return output[..., :value_width]
+        return output[:, :, :asked, :value_width]
 
 
 class _AttendWithSink(torch.autograd.Function):
@@ -117,7 +121,8 @@ def _with_key_in_front(
     queries: Tensor, keys: Tensor, values: Tensor, sink: Float[Tensor, "#b h q"], scale: float
 ) -> Float[Tensor, "b h q v"]:
     """One more query and key before all others; a new column holds the sink's score in queries and 1 in that key."""
-    score = (sink.expand(queries.shape[:3]) / scale).to(queries.dtype)[..., None]
+    least = torch.finfo(queries.dtype).min / 2  # in place of -inf, whose product with the 0 of other keys is NaN
+    score = (sink.expand(queries.shape[:3]) / scale).clamp(min=least).to(queries.dtype)[..., None]
     queries = F.pad(torch.cat([queries, score], dim=-1), (0, 0, 1, 0))
     keys = F.pad(keys, (0, 1, 1, 0))
     keys = keys + F.one_hot(torch.tensor(keys.shape[-1] - 1, device=keys.device), keys.shape[-1]).to(keys.dtype) * (
@@ -139,6 +144,17 @@ def _equally_wide(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor
         return queries, keys, values
     width += -width % 8
     return tuple(F.pad(each, (0, width - each.shape[-1])) for each in (queries, keys, values))  # type: ignore[return-value]  # three in, three out
+
+
+def _longer(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """All of them with rows of zeros that nobody sees after them, so that ALiBi's large columns cancel in one order."""
+    more = -keys.shape[2] % EVEN
+    keys, values = F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))
+    if mask is None:  # causal: what is ahead is hidden anyway
+        return F.pad(queries, (0, 0, 0, more)), keys, values, None
+    return queries, keys, values, F.pad(mask, (0, more), value=-torch.inf)
 
 
 def _even(queries: Tensor, scale: float) -> tuple[Tensor, float]:

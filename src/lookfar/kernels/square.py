@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lookfar.attention.reference import wider
 from lookfar.attention.scheme import Scheme
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
@@ -47,24 +48,23 @@ class Square(Kernel):
             for start in range(0, sight.queries, CHUNK):
                 part = sight.rows(start, min(start + CHUNK, sight.queries))
                 seen = slice(part.first_key - sight.first_key, part.first_key - sight.first_key + part.keys)
-                added, more = _added(part, scheme)
+                added, more = _added(part, scheme, wider(queries.dtype))
                 scores = queries[:, :, start : start + CHUNK] @ _longer(keys[:, :, seen], more).mT
                 weights = scores.add_(added.to(scores.dtype)).softmax(-1)
                 outputs.append(weights @ _longer(values[:, :, seen], more))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _added(sight: Sight, scheme: Scheme) -> tuple[Float[Tensor, "#b c q l"], int]:
+def _added(sight: Sight, scheme: Scheme, dtype: torch.dtype) -> tuple[Float[Tensor, "#b c q l"], int]:
     """What is added to the products: the bias, -inf where a key is hidden, the sink's score; and the extra columns."""
     hidden = ~sight.visible()  # b 1 q k
     bias, sink = scheme.bias(sight), scheme.sink(sight.query_positions)
-    wide = torch.float32 if bias is None else bias.dtype
-    mask = torch.zeros(hidden.shape, dtype=wide, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
     added = mask if bias is None else mask + bias
     if sink is None:
         return added, 0
     more = -sight.keys % ALIGNED or ALIGNED
-    column = sink.to(wide)[..., None]
+    column = sink.to(added.dtype)[..., None]
     shape = torch.broadcast_shapes(added.shape[:3], column.shape[:3])
     columns = F.pad(column, (0, more - 1), value=-torch.inf)
     return torch.cat([added.expand(*shape, -1), columns.expand(*shape, -1)], dim=-1), more

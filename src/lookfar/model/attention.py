@@ -53,8 +53,8 @@ class Attention(nn.Module):
         ]
         self.project = nn.Linear(width, sum(self.sizes), bias=False)
         self.output = nn.Linear(counts.heads * counts.value_width, width, bias=False)
-        self.query_norm = nn.RMSNorm(counts.head_width, eps=1e-6) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(counts.head_width, eps=1e-6) if qk_norm else nn.Identity()
+        self.query_norm = nn.RMSNorm(counts.head_width, eps=1e-6) if qk_norm else None
+        self.key_norm = nn.RMSNorm(counts.head_width, eps=1e-6) if qk_norm else None
 
     def forward(
         self, x: Float[Tensor, "b t d"], *, sight: Sight | None = None, cache: LayerCache | None = None
@@ -68,8 +68,8 @@ class Attention(nn.Module):
             sight = Sight.causal(past + x.shape[1], queries=x.shape[1], window=self.window, device=x.device)
         counts = self.scheme.heads
         queries, keys, values = self.project(x).split(self.sizes, dim=-1)
-        queries = self.query_norm(queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
-        keys = self.key_norm(keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
+        queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
+        keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
         values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
         positions = sight.query_positions  # the new tokens are the queries
         queries, keys = self.scheme.queries(queries, positions), self.scheme.keys(keys, positions)
@@ -117,6 +117,11 @@ def attend(
     queries = scheme.queries(queries, sight.query_positions)
     keys = scheme.keys(keys, sight.key_positions)
     return scheme.merge(kernels.attend(queries, keys, values, sight, scheme, kernel), inputs)
+
+
+def _normed(norm: nn.RMSNorm | None, heads: Float[Tensor, "b c t e"]) -> Float[Tensor, "b c t e"]:
+    """Each head normalised in the type of the norm's weight, which autocast leaves wide."""
+    return heads if norm is None else norm(heads.to(norm.weight.dtype)).to(heads.dtype)
 
 
 def cast(dtype: str) -> torch.dtype:

@@ -8,29 +8,30 @@ from lookfar.methods.base import Heads
 
 
 class LayerCache:
-    """Encoded keys and values of one layer, in buffers that double when they are full."""
+    """Encoded keys and values of one layer, in buffers that double when they are full.
 
-    def __init__(self, heads: Heads, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.length = 0
-        self._keys = torch.empty(batch, heads.key_heads, length, heads.head_width, dtype=dtype, device=device)
-        self._values = torch.empty(batch, heads.value_heads, length, heads.value_width, dtype=dtype, device=device)
+    Their type is that of the first keys: under autocast it is narrower than the parameters'.
+    """
 
-    @property
-    def device(self) -> torch.device:
-        """Where the buffers lie."""
-        return self._keys.device
+    def __init__(self, heads: Heads, batch: int, length: int, device: torch.device) -> None:
+        self.length, self.device = 0, device
+        self._keys = torch.empty(batch, heads.key_heads, length, heads.head_width, device="meta")
+        self._values = torch.empty(batch, heads.value_heads, length, heads.value_width, device="meta")
 
     def append(
         self, keys: Float[Tensor, "b g t e"], values: Float[Tensor, "b g2 t v"]
     ) -> tuple[Float[Tensor, "b g k e"], Float[Tensor, "b g2 k v"]]:
         """Store new keys and values; return all that are stored."""
+        if self.length == 0:
+            self._keys = torch.empty_like(self._keys, dtype=keys.dtype, device=keys.device)
+            self._values = torch.empty_like(self._values, dtype=values.dtype, device=values.device)
         start, self.length = self.length, self.length + keys.shape[2]
         if self.length > self._keys.shape[2]:
             size = 1 << (self.length - 1).bit_length()
             self._keys, self._values = _grown(self._keys, size), _grown(self._values, size)
         self._keys[:, :, start : self.length] = keys
         self._values[:, :, start : self.length] = values
-        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        return self._keys[:, :, : self.length].to(keys.dtype), self._values[:, :, : self.length].to(values.dtype)
 
 
 class Cache:

@@ -86,10 +86,7 @@ class Decoder(nn.Module):
     def cache(self, *, batch: int = 1, length: int = 256) -> Cache:
         """An empty cache with room for `length` tokens; it grows when they are more."""
         weight = self.embedding.weight
-        layers = [
-            LayerCache(block.attention.scheme.heads, batch, length, weight.dtype, weight.device)
-            for block in self._blocks()
-        ]
+        layers = [LayerCache(block.attention.scheme.heads, batch, length, weight.device) for block in self._blocks()]
         return Cache(layers, batch)
 
     @property
