@@ -69,7 +69,7 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate"])
+@pytest.mark.parametrize("verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor"])
 def test_help_of_every_verb_shows_an_example(verb, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, verb, "--help")
     assert code == 0 and "Example:" in out
@@ -89,6 +89,8 @@ MISTAKES = {
     "model.context=100000": "100",
     "training.numbering=randomised(largest=99)": "Did you mean 'randomized'",
     "model.device=nothing": "There is no device",
+    "training.schedule=cosin": "Did you mean 'cosine'",
+    "training.schedule=wsd_s(budgets=[2, 3], decay=0.6)": "take a smaller decay, or a budget of 7.",
 }
 
 
@@ -178,5 +180,6 @@ def test_every_method_has_a_page(name, monkeypatch, capsys):
 def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "explain", "kerple + dape_v2", "--length", "2048")
     assert code == 0 and "taken" in out and "rewrites the scores" in out
+    assert "refuses: there are no slots" in out
     for kernel in lookfar.names("kernels"):
         assert kernel in out

@@ -213,6 +213,9 @@ CHANGES = {
     "activation": "gelu",
     "tied": False,
     "qk_norm": True,
+    "slots": 3,
+    "slot_positions": "shared",
+    "slot_embeddings": "one",
     "dropout": 0.3,
     "embedding_dropout": 0.3,
     "attention_soft_cap": 0.5,
@@ -225,13 +228,16 @@ CHANGES = {
 @pytest.mark.parametrize("option", lookfar.ModelConfig.model_fields)
 def test_every_option_changes_something(option):
     base = {"scheme": "learned"} if option in ("context", "positions") else {}
+    base |= {"slots": 2, "scheme": "alibi"} if option.startswith("slot_") else {}
     seen = []
     for settings in (base, base, {**base, option: CHANGES[option]}):
         model = build(**settings)
         shapes = {name: (each.shape, each.dtype, each.device) for name, each in model.state_dict().items()}
         torch.manual_seed(1)
         tokens = words().to(model.embedding.weight.device)
-        seen.append((shapes, None if tokens.is_meta else model(tokens).tolist()))
+        answer = None if tokens.is_meta else model(tokens).tolist()
+        asked = None if model.slot_embedding is None else model.slot_states(tokens)[1].tolist()
+        seen.append((shapes, answer, asked))
     assert seen[0] == seen[1], "the same settings give the same model"
     assert seen[0] != seen[2]
 

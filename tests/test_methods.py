@@ -360,10 +360,34 @@ PLAIN = 10000.0 ** (-torch.arange(4).double() / 4)
 
 
 def test_rope_scalings_leave_a_model_as_it_is_at_factor_one():
-    for scaling in ("pi", "ntk", "yarn", "llama3"):
+    for scaling in ("pi", "ntk", "dynamic", "yarn", "llama3"):
         angles, size = frequencies(f"rope(scaling={scaling})")
         assert_near(angles, PLAIN, scaling)
         assert_near(size, torch.ones(4).double(), scaling)
+
+
+def test_dynamic_ntk_is_ntk_with_the_factor_of_the_length():
+    own, x = method("rope(scaling=dynamic, factor=2, original=8)", context=8), noise(2, 1, 20, 8)
+    positions = torch.stack([torch.arange(20), torch.cat([torch.zeros(14, dtype=torch.long), torch.arange(6)])])
+    turned = own.queries(x, positions)
+    stretched = method(f"rope(scaling=ntk, factor={2 * 20 / 8 - 1})")
+    assert_near(turned[:1], stretched.queries(x[:1], positions[:1]))
+    assert_near(turned[1:], method("rope").queries(x[1:], positions[1:]), "a line within the original length is plain")
+
+
+def test_dynamic_ntk_refuses_what_it_would_make_wrong():
+    scheme = build_scheme("rope(scaling=dynamic, factor=2)", heads=2, head_width=8, context=8)
+    several = torch.tensor([[0] * 6 + [1] * 6])
+    for sight in (
+        Sight.causal(12, queries=1),
+        Sight.slots(10, 2),
+        Sight.causal(12, positions=torch.arange(12)[None], documents=several),
+    ):
+        given = [torch.zeros(1, 2, count, 8) for count in (sight.queries, sight.keys, sight.keys)]
+        with pytest.raises(UserError, match="takes whole sequences only"):
+            lookfar.attend(*given, scheme=scheme, sight=sight)
+    padded = torch.tensor([[-1] * 3 + [0] * 9])
+    assert scheme.refusal(Sight.causal(12, positions=torch.arange(12)[None], documents=padded)) is None
 
 
 def test_rope_scalings_have_the_published_frequencies():

@@ -282,7 +282,14 @@ CHANGES = {
     "seed": "1",
     "numbering": "randomized(largest=32)",
 }
-SEEN_ELSEWHERE = {"accumulation", "checkpoint_every", "keep", "evaluate_every", "optimizer"}  # one optimizer so far
+SEEN_ELSEWHERE = {
+    "objective",
+    "accumulation",
+    "checkpoint_every",
+    "keep",
+    "evaluate_every",
+    "optimizer",
+}  # one optimizer so far
 
 
 def test_every_setting_of_training_is_tested():
@@ -294,6 +301,12 @@ def test_every_setting_changes_the_weights(a_run, tmp_path, setting):
     train(a_run(), tmp_path / "plain")
     train(a_run(f"training.{setting}={CHANGES[setting]}"), tmp_path / "changed")
     assert weights(tmp_path / "plain") != weights(tmp_path / "changed")
+
+
+def test_another_objective_trains_other_weights(a_run, tmp_path):
+    for objective in ("slots", "slots(anchors=3)", "slots(decay=0.5)", "slots(next_token=0)"):
+        train(a_run("model.slots=3", f"training.objective='{objective}'"), tmp_path / objective)
+    assert len({weights(each) for each in tmp_path.iterdir()}) == 4
 
 
 def test_a_loss_that_is_not_finite_is_told_with_its_update(a_run, tmp_path):

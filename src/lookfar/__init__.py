@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lookfar.errors import UserError
     from lookfar.model.attention import Attention, attend
     from lookfar.model.decoder import Decoder
+    from lookfar.model.generate import Sampling, generate
     from lookfar.plugins import names
     from lookfar.sight import Rows, Sight
     from lookfar.training.checkpoint import load
@@ -31,11 +32,13 @@ _HOMES = {
     "ModelConfig": "config",
     "Rows": "sight",
     "Run": "config",
+    "Sampling": "model.generate",
     "Scheme": "attention.scheme",
     "Sight": "sight",
     "UserError": "errors",
     "attend": "model.attention",
     "build_scheme": "attention.scheme",
+    "generate": "model.generate",
     "load": "training.checkpoint",
     "names": "plugins",
 }

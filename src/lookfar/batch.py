@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from lookfar.errors import UserError
@@ -42,9 +42,10 @@ def randomized(batch: int, tokens: int, *, largest: int, generator: torch.Genera
     return keys.topk(tokens, dim=1, sorted=False).indices.sort(dim=1).values
 
 
-def interpolated(tokens: int, *, context: int) -> Float[Tensor, "1 t"]:
-    """Number tokens 0, c, 2c, … with c = context / tokens where they are more than the trained context, else 1.
+def interpolated(tokens: int, *, context: int) -> Num[Tensor, "1 t"]:
+    """Number tokens 0, c, 2c, … with c = context / tokens where they are more than the trained context, else 0, 1, 2, …
 
     Source: Chen et al., 2023, arXiv 2306.15595, there for RoPE; here for every method that takes fractional positions.
     """
-    return torch.arange(tokens)[None] * min(1.0, context / tokens)
+    places = torch.arange(tokens)[None]
+    return places if tokens <= context else places * (context / tokens)

@@ -59,6 +59,9 @@ class ModelConfig(_Settings):
     activation: Literal["swiglu", "gelu"] = "swiglu"
     tied: bool = True  # one matrix embeds tokens and predicts them
     qk_norm: bool = False
+    slots: Count | None = None  # tokens that can be predicted at once, by slots after the text; None: one by one only
+    slot_positions: Literal["offset", "shared"] = "offset"  # 1, 2, 3, … after the text that a slot follows, or all 1
+    slot_embeddings: Literal["own", "one"] = "own"  # a learned embedding for each slot, or one for all
     dropout: Fraction = 0.0  # on what each attention and feed-forward layer adds
     embedding_dropout: Fraction = 0.0
     attention_soft_cap: Positive | None = None
@@ -75,6 +78,11 @@ class ModelConfig(_Settings):
             raise ValueError(f"groups ({self.groups}) must divide heads ({self.heads}); try groups={self.heads}")
         if self.positions is not None and self.positions < self.context:
             raise ValueError(f"positions ({self.positions}) must be at least context ({self.context})")
+        if self.slots and self.slots > 1 and (self.slot_positions, self.slot_embeddings) == ("shared", "one"):
+            raise ValueError(
+                "slots of one position and one embedding all give the same answer; "
+                "set slot_embeddings='own' or slot_positions='offset'"
+            )
         return self
 
 
@@ -94,11 +102,12 @@ class TrainingConfig(_Settings):
     updates: Annotated[int, Field(ge=0)] = 1000
     batch: Count = 32  # sequences per update, accumulated ones included
     accumulation: Count = 1  # pieces that a batch is computed in
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices between hidden states, AdamW for the rest
+    objective: str = "next_token"  # also slots(anchors=16): several tokens at once
     rate: Positive = 1e-3  # the peak
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup: Annotated[int, Field(ge=0)] | None = None  # None: a twentieth of the updates
-    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # last rate as a fraction of the peak
+    schedule: str = "cosine"  # also constant, linear, wsd(decay=0.2), wsd_s(budgets=[1000, 2000]) …: docs/schedules.md
+    warmup: Annotated[int, Field(ge=0)] | None = None  # None: a twentieth of the updates, or of the first budget
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1  # rate at the end of a decay as a fraction of the peak
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive | None = 1.0

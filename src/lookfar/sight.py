@@ -24,6 +24,9 @@ class Sight:
     Visibility follows from the order of tokens, their documents and the window, never from positions: positions only
     feed methods. A query sees the keys of its own document up to itself, at most `window` of them; a token of document
     -1 is padding and sees itself alone, so no row is ever empty.
+
+    Keys from `text` on are slots: places whose token is not known yet. A slot sees the first `ends` keys of the text,
+    as if it followed them, and itself; no other slot, and no text sees a slot.
     """
 
     query_positions: Num[Tensor, "#b q"]
@@ -34,9 +37,11 @@ class Sight:
     key_documents: Int[Tensor, "b k"] | None = None
     window: int | None = None
     longest: int = 1  # no distance is longer; a power of two, so that tables and compiled kernels are reused
-    consecutive: bool = False  # positions are the places in the sequence: every distance follows from two indices
+    consecutive: bool = False  # positions of the text are its places: every distance follows from two indices
     scattered: bool = False  # the keys that a query sees need not be neighbours in the sequence
-    ahead: bool = False  # a query sees the keys after it, too
+    ahead: bool = False  # a query of the text sees the keys after it, too
+    text: int | None = None  # how many of the first places are text; those after it are slots; None: all
+    ends: Int[Tensor, "#b s"] | None = None  # for each slot among the queries, how many places of the text it follows
 
     @classmethod
     def causal(
@@ -98,6 +103,78 @@ class Sight:
         sight = cls.causal(tokens, positions=positions, documents=documents, window=window, device=device)
         return replace(sight, ahead=True)
 
+    @classmethod
+    def slots(
+        cls,
+        text: int,
+        slots: int,
+        *,
+        queries: int | None = None,
+        ends: Int[Tensor, "#b s"] | None = None,
+        offsets: Int[Tensor, "#b s"] | None = None,
+        positions: Num[Tensor, "#b k"] | None = None,
+        documents: Int[Tensor, "b k"] | None = None,
+        window: int | None = None,
+        ahead: bool = False,
+        device: torch.device | str | None = None,
+    ) -> "Sight":
+        """Slots to be predicted at once: each sees a part of the text and itself, never another slot.
+
+        Args:
+            text: how many tokens are known; the slots come after them.
+            slots: how many tokens are asked for.
+            queries: how many of the last tokens ask, slots included; by default all.
+            ends: how many tokens of the text each slot follows, `[b s]`; by default all of them.
+            offsets: how far a slot lies beyond the first place after the text that it follows, `[b s]`: its position is
+                the last one it follows + 1 + offset. By default slots with the same end count 0, 1, 2, …; zeros give
+                all of them one position, so that only their embeddings tell them apart.
+            positions: numbers of the text, `[b k]`; by default 0, 1, 2, …
+            documents: the document of each token of the text, `[b k]`, -1 for padding; a slot belongs to that of the
+                last token it follows.
+            window: how many tokens a query sees, itself included; for a slot, counted back from where it follows.
+            ahead: the text sees all of itself, not only what came before.
+            device: of the default positions.
+
+        Source: the layout is that of masked prediction on a fixed prefix; every slot is a row of its own.
+        """
+        if text < 0 or slots < 1:
+            raise UserError(f"{slots} slots after {text} tokens are not possible; ask for at least one slot.")
+        queries = text + slots if queries is None else queries
+        if not slots <= queries <= text + slots:
+            raise UserError(f"{queries} queries must be at least the {slots} slots, and at most {text + slots} tokens.")
+        if window is not None and window < 1:
+            raise UserError(f"A window of {window} tokens shows nothing; it must be at least 1.")
+        if documents is not None and positions is None:
+            raise UserError("Documents need positions: number the tokens with lookfar.batch.consecutive(documents).")
+        consecutive = positions is None
+        positions = torch.arange(text, device=device)[None] if positions is None else positions
+        device = positions.device
+        ends = torch.full((1, slots), text, device=device) if ends is None else ends
+        if ends.shape[1] != slots or (ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) <= text):
+            raise UserError(
+                f"`ends` must hold {slots} numbers between 0 and {text}, how many tokens each slot follows."
+            )
+        places = _follow(positions, ends, _rank(ends) if offsets is None else offsets)
+        numbers = torch.cat([positions.expand(places.shape[0], -1), places], dim=1)
+        if documents is not None:
+            documents = torch.cat([documents, _last(documents, ends, missing=-1)], dim=1)
+        longest = int((numbers.max() - numbers.min()).ceil())
+        first = text + slots - queries
+        return cls(
+            query_positions=numbers[:, first:],
+            key_positions=numbers,
+            first_query=first,
+            query_documents=None if documents is None else documents[:, first:],
+            key_documents=documents,
+            window=None if window is None or window > text else window,
+            longest=1 << longest.bit_length(),
+            consecutive=consecutive,
+            scattered=True,
+            ahead=ahead,
+            text=text,
+            ends=ends,
+        )
+
     @property
     def queries(self) -> int:
         """How many queries ask."""
@@ -111,33 +188,54 @@ class Sight:
     @property
     def plain(self) -> bool:
         """Whether the order of tokens alone decides who sees whom: what is not ahead is seen."""
-        return self.window is None and self.key_documents is None and not self.ahead
+        return self.window is None and self.key_documents is None and not self.ahead and self.text is None
+
+    @property
+    def asking(self) -> int:
+        """How many of the queries are slots: the last ones."""
+        return 0 if self.ends is None else self.ends.shape[1]
 
     def visible(self) -> Bool[Tensor, "#b 1 q k"]:
         """The dense mask: which keys (last axis) each query sees."""
         device = self.key_positions.device
         queries = torch.arange(self.first_query, self.first_query + self.queries, device=device)
         keys = torch.arange(self.first_key, self.first_key + self.keys, device=device)
-        behind = queries[:, None] - keys  # q k
-        seen = ((behind >= 0) | self.ahead)[None]
+        itself = queries[:, None] == keys  # q k
+        places = queries[None]
+        if self.ends is not None:
+            asked = queries[None, : self.queries - self.asking].expand(self.ends.shape[0], -1)
+            places = torch.cat([asked, self.ends], dim=1)  # a slot lies where it follows the text
+        behind = places[:, :, None] - keys  # b q k
+        seen = (behind >= 0) | self.ahead
+        if self.text is not None:
+            slots = queries >= self.text
+            seen = seen & (keys < self.text) & ((behind > 0) | ~slots[:, None])
         if self.window is not None:
             seen = seen & (behind.abs() < self.window)
         if self.query_documents is not None and self.key_documents is not None:
             keys_of = self.key_documents[:, None, :]
-            seen = seen & (self.query_documents[:, :, None] == keys_of) & (keys_of >= 0) | (behind == 0)
+            seen = seen & (self.query_documents[:, :, None] == keys_of) & (keys_of >= 0)
+        if self.text is not None or self.key_documents is not None:
+            seen = seen | itself
         return seen[:, None]
 
-    def rows(self, start: int, stop: int) -> "Sight":
-        """The queries from `start` to `stop`, against only the keys that one of them can see by order and window."""
+    def rows(self, start: int, stop: int, *, step: int = 1) -> "Sight":
+        """The queries from `start` to `stop`, against only the keys that one of them can see by order and window.
+
+        The count of keys is rounded up to a multiple of `step` where there are so many, so that few sizes occur.
+        """
         last = self.first_key + self.keys
         if not self.ahead:
-            last = min(last, self.first_query + stop)
-        elif self.window is not None:
+            last = min(last, -(-(self.first_query + stop) // step) * step)
+        elif self.window is not None and self.text is None:
             last = min(last, self.first_query + stop + self.window - 1)
         first = self.first_key
-        if self.window is not None:
+        if self.window is not None and self.text is None:
             first = max(first, self.first_query + start - self.window + 1)
         kept = slice(first - self.first_key, last - self.first_key)
+        ends, before = self.ends, self.queries - self.asking  # before: queries of the text
+        if ends is not None:
+            ends = ends[:, max(0, start - before) : max(0, stop - before)]
         return replace(
             self,
             query_positions=self.query_positions[:, start:stop],
@@ -146,6 +244,41 @@ class Sight:
             first_key=first,
             query_documents=None if self.query_documents is None else self.query_documents[:, start:stop],
             key_documents=None if self.key_documents is None else self.key_documents[:, kept],
+            ends=ends,
+        )
+
+    def known(self) -> "Sight | None":
+        """The queries of the text, as if no slot were there; None where none of them asks."""
+        count, text = self.queries - self.asking, self.text
+        if count == 0 or text is None:
+            return None if text is not None else self
+        return replace(
+            self,
+            query_positions=self.query_positions[:, :count],
+            key_positions=self.key_positions[:, :text],
+            query_documents=None if self.query_documents is None else self.query_documents[:, :count],
+            key_documents=None if self.key_documents is None else self.key_documents[:, :text],
+            scattered=self.key_documents is not None,
+            text=None,
+            ends=None,
+        )
+
+    def asked(self, start: int, stop: int) -> "Sight":
+        """The slots from `start` to `stop`, against the text and themselves: keys `[text, start … stop]`."""
+        assert self.text is not None and self.ends is not None
+        first = self.queries - self.asking  # the first slot among the queries
+        queries, text = slice(first + start, first + stop), self.text
+        own = slice(text + start, text + stop)
+        keys = torch.cat([self.key_positions[:, :text], self.key_positions[:, own]], dim=1)
+        documents = self.key_documents
+        return replace(
+            self,
+            query_positions=self.query_positions[:, queries],
+            key_positions=keys,
+            first_query=text,
+            query_documents=None if self.query_documents is None else self.query_documents[:, queries],
+            key_documents=None if documents is None else torch.cat([documents[:, :text], documents[:, own]], dim=1),
+            ends=self.ends[:, start:stop],
         )
 
 
@@ -191,6 +324,26 @@ class Rows:
 
     def _order(self) -> Int[Tensor, "#b 1 q k"]:
         return self.visible.int().argsort(dim=-1, descending=True, stable=True)
+
+
+def _rank(ends: Int[Tensor, "#b s"]) -> Int[Tensor, "#b s"]:
+    """0, 1, 2, … among the slots that follow the same place."""
+    same = ends[:, :, None] == ends[:, None, :]
+    return same.tril(-1).sum(-1)
+
+
+def _last(numbers: Num[Tensor, "#b k"], ends: Int[Tensor, "#b s"], missing: int) -> Num[Tensor, "#b s"]:
+    """The number of the last token that each slot follows."""
+    batch = max(numbers.shape[0], ends.shape[0])
+    front = torch.full((batch, 1), missing, dtype=numbers.dtype, device=numbers.device)
+    return torch.cat([front, numbers.expand(batch, -1)], dim=1).gather(1, ends.expand(batch, -1))
+
+
+def _follow(
+    positions: Num[Tensor, "#b k"], ends: Int[Tensor, "#b s"], offsets: Int[Tensor, "#b s"]
+) -> Num[Tensor, "#b s"]:
+    """The positions of slots: one after the last that they follow, and the offset more."""
+    return _last(positions, ends, missing=-1) + 1 + offsets
 
 
 def _scattered(documents: Int[Tensor, "b t"]) -> bool:

@@ -86,11 +86,17 @@ class Scheme(nn.Module):
             keys = encoding.keys(keys, positions)
         return keys
 
+    def bias_between(
+        self, query_positions: Num[Tensor, "#b q"], key_positions: Num[Tensor, "#b k"]
+    ) -> Float[Tensor, "#b h q k"]:
+        """The sum of all biases for every pair of positions; there must be one."""
+        return self._per_map(reduce(torch.add, [each.between(query_positions, key_positions) for each in self.biases]))
+
     def bias(self, sight: Sight) -> Float[Tensor, "#b h q k"] | None:
         """The sum of all biases; None where there is none."""
         total = None
         for bias in self.biases:
-            if isinstance(bias, DistanceBias) and sight.consecutive:
+            if isinstance(bias, DistanceBias) and sight.consecutive and sight.text is None:
                 each = bias.band(sight.first_query - sight.first_key, sight.queries, sight.keys)
             else:
                 each = bias.between(sight.query_positions, sight.key_positions)
@@ -99,13 +105,16 @@ class Scheme(nn.Module):
 
     def rewrite(self, scores: Float[Tensor, "b h q k"], rows: Rows) -> Float[Tensor, "b h q k"]:
         """The scores after soft-cap and map, with the bias added."""
-        if self.soft_cap is not None:
-            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        scores = self.cap(scores)
         for each in self.maps:
             scores = each.rewrite(scores, rows)
         if rows.bias is None or any(not each.keeps_bias for each in self.maps):
             return scores
         return scores + rows.bias
+
+    def cap(self, scores: Float[Tensor, "b h q k"]) -> Float[Tensor, "b h q k"]:
+        """The scores, kept between - soft_cap and soft_cap where there is one."""
+        return scores if self.soft_cap is None else self.soft_cap * torch.tanh(scores / self.soft_cap)
 
     def sink(self, query_positions: Num[Tensor, "#b q"]) -> Float[Tensor, "#b h q"] | None:
         """The score of all sinks together; None where there is none."""
@@ -131,6 +140,11 @@ class Scheme(nn.Module):
         """Why some method is not exact under this sight; None: all are."""
         reasons = (method.refusal(sight) for method in self._methods())
         return next((reason for reason in reasons if reason), None)
+
+    @property
+    def once(self) -> bool:
+        """Whether every key is encoded once, so that a cache can hold it."""
+        return all(method.once for method in self._methods())
 
     def _methods(self) -> list[Method]:
         return [method for method in self.methods if isinstance(method, Method)]

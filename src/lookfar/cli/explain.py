@@ -18,6 +18,7 @@ def explain(
     batch: Annotated[int, typer.Option(min=1)] = 1,
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option()] = "float32",
     window: Annotated[int | None, typer.Option(min=1, help="Tokens that a query sees.")] = None,
+    slots: Annotated[int, typer.Option(min=0, help="Tokens to be predicted at once, after the text.")] = 0,
     inference: Annotated[bool, typer.Option("--inference", help="Without gradients.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
 ) -> None:
@@ -44,11 +45,13 @@ def explain(
     call = Call(
         device=device_of(device).type,
         dtype=cast(dtype),
-        queries=length,
-        keys=length,
+        queries=length + slots,
+        keys=length + slots,
         batch=batch,
         gradients=not inference,
-        plain=window is None or window >= length,
+        plain=not slots and (window is None or window >= length),
+        consecutive=not slots,
+        slots=slots > 0,
     )
     answers = ask(built, call)
     taken = next(name for name, refusal in answers if refusal is None)

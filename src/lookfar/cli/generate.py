@@ -26,6 +26,9 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A text to stop at. May be repeated.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="The most time to spend.")] = None,
+    block: Annotated[
+        int | None, typer.Option(min=1, help="Predict so many tokens at once, with a model that has slots.")
+    ] = None,
     scheme: Annotated[str | None, typer.Option(help="Run the same weights under another scheme.")] = None,
     trust: Trust = False,
 ) -> None:
@@ -47,6 +50,8 @@ def generate(
     writer = Writer(tokenizer, stop or [])
     typer.echo(prompt, nl=False)
     given = [tokenizer.encode(prompt).tolist()]
-    for (token,) in stream(model, given, tokens=tokens, sampling=sampling, stop=writer.stops, seconds=seconds):
+    for (token,) in stream(
+        model, given, tokens=tokens, sampling=sampling, stop=writer.stops, seconds=seconds, block=block
+    ):
         typer.echo(writer.add(token), nl=False)
     typer.echo(writer.rest())

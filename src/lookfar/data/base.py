@@ -12,10 +12,14 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Document:
-    """A text that belongs together, such as one file or one article."""
+    """A text that belongs together, such as one file or one article.
+
+    A long one may come in parts, one after the other, of which all but the first continue it.
+    """
 
     name: str
     text: str
+    continues: bool = False
 
 
 class Source(ABC):
@@ -36,6 +40,7 @@ class Source(ABC):
         for split in () if self.revision else SPLITS:
             for document in self.documents(split):
                 text = document.text.encode("utf-8", "surrogatepass")
+                digest.update(b"continued\0" if document.continues else b"")
                 digest.update(f"{split}\0{document.name}\0{len(text)}\0".encode("utf-8", "surrogatepass"))
                 digest.update(text)
         return digest.hexdigest()[:16]

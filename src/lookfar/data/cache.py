@@ -3,8 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,7 +34,7 @@ def publish(folder: Path, build: Callable[[Path], None], whole: Callable[[Path],
     """
     if whole(folder):
         return
-    try:
+    with writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder.parent)
         with TemporaryDirectory(prefix=_PREFIX, dir=folder.parent, ignore_cleanup_errors=True) as aside:
@@ -44,10 +44,17 @@ def publish(folder: Path, build: Callable[[Path], None], whole: Callable[[Path],
             for file in built.iterdir():
                 sync(file)
             _move(built, folder, whole)
+
+
+@contextmanager
+def writing(cache: Path) -> Iterator[None]:
+    """Tell in a sentence why a cache folder cannot be written."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"The cache folder {folder.parent} cannot be written ({reason}); "
+            f"The cache folder {cache} cannot be written ({reason}); "
             "set data.cache or $LOOKFAR_CACHE to a folder with room for it."
         ) from error
 

@@ -1,12 +1,16 @@
 """Parts of files: how they are read as UTF-8, and how a few files are divided at the ends of their lines."""
 
+import codecs
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from lookfar.data.base import SPLITS, Split
 from lookfar.errors import UserError
+
+_PART = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,26 @@ class Piece:
 
     def read(self) -> str:
         """The text, its line ends untouched; a `UserError` for bytes that are not UTF-8, or that cannot be read."""
+        return "".join(self.parts())
+
+    def parts(self) -> Iterator[str]:
+        """The text in parts of a megabyte or less, cut between any two characters."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
         try:
             with self.file.open("rb") as opened:
                 opened.seek(self.start)
-                content = opened.read(self.stop - self.start)
+                for place in range(self.start, self.stop, _PART):
+                    pending = len(decoder.getstate()[0])
+                    content = opened.read(min(_PART, self.stop - place))
+                    yield self._decode(decoder, content, place - pending, place + _PART >= self.stop)
         except OSError as error:
             raise UserError(f"{self.file} cannot be read: {error.strerror}.") from error
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, content: bytes, start: int, final: bool) -> str:
         try:
-            return content.decode("utf-8")
+            return decoder.decode(content, final)
         except UnicodeDecodeError as error:
-            byte, place = content[error.start], self.start + error.start
+            byte, place = error.object[error.start], start + error.start
             raise UserError(
                 f"{self.file} is not UTF-8: byte {place} ({byte:#04x}) does not decode; convert the file to UTF-8."
             ) from error

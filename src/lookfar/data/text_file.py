@@ -22,7 +22,7 @@ class TextFile(Source):
       is a document and falls into a split by the hash of its path. Where that would leave a split empty, because
       there are few files, they are cut like one long file instead.
 
-    A document is held in memory while it is read.
+    A document of more than a megabyte comes in parts, so that memory stays constant.
 
     Raises:
         UserError: a path that is missing, empty or unreadable, and bytes that are not UTF-8.
@@ -40,7 +40,8 @@ class TextFile(Source):
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of a split, named by their path from the folder."""
         for piece in self.pieces[split]:
-            yield Document(piece.name, piece.read())
+            for number, part in enumerate(piece.parts()):
+                yield Document(piece.name, part, continues=number > 0)
 
 
 def read_text(path: str | Path) -> str:

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import tokenizers
 from jaxtyping import Int64, Integer, UInt
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lookfar.data.portions import cut
 from lookfar.errors import UserError
 from lookfar.files import write
 
@@ -22,9 +21,7 @@ Tokens = UInt[np.ndarray, "_"]  # of the narrowest unsigned type that holds the 
 _FILE = "tokenizer.json"
 _END = "<|endoftext|>"
 _BYTES = {"type": "bytes"}
-_PIECE = 64 * 1024  # characters
-_GROUP = 64  # pieces
-_CUT = re.compile(r"(?<=\S)\s")
+_GROUP = 2**20  # characters
 
 
 class Tokenizer(ABC):
@@ -106,11 +103,10 @@ class BpeTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of several texts, on all processors."""
         parts = [[np.empty(0, self.dtype)] for _ in texts]
-        pieces = ((part, piece) for part, text in zip(parts, texts, strict=True) for piece in _pieces(text))
-        while group := list(islice(pieces, _GROUP)):  # what the library makes of a text is large
+        for group in _groups(texts):
             encoded = self._model.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (part, _), each in zip(group, encoded, strict=True):
-                part.append(np.array(each.ids, self.dtype))
+            for (number, _), each in zip(group, encoded, strict=True):
+                parts[number].append(np.array(each.ids, self.dtype))
         return [np.concatenate(part) for part in parts]
 
     def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
@@ -137,9 +133,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that was saved in a folder; a `UserError` when it is missing or damaged."""
     file = folder / _FILE
     try:
-        content = file.read_text(encoding="utf-8")
-        kind: Any = json.loads(content)
-        return BytesTokenizer() if kind == _BYTES else BpeTokenizer(content)
+        return from_content(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"There is no tokenizer in {folder}: {_FILE} is missing.") from error
     except UserError:
@@ -148,12 +142,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{file} is damaged and cannot be read as a tokenizer: {error}.") from error
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where no word can span the cut: between something visible and the space after it."""
-    text = text.encode("utf-8", "replace").decode()
-    start = 0
-    while cut := _CUT.search(text, start + _PIECE):
-        yield text[start : cut.start()]
-        start = cut.start()
-    if start < len(text):
-        yield text[start:]
+def from_content(content: str) -> Tokenizer:
+    """The tokenizer of a `content`."""
+    kind: Any = json.loads(content)
+    return BytesTokenizer() if kind == _BYTES else BpeTokenizer(content)
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Pieces, each with the number of its text, about a megabyte together: what the library makes of them is large."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        for piece in _pieces(text):
+            group.append((number, piece))
+            size += len(piece)
+            if size >= _GROUP:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> list[str]:
+    return cut(text.encode("utf-8", "replace").decode())

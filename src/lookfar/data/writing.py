@@ -39,10 +39,9 @@ class Writer:
         return text[: min(cuts)] if cuts else text
 
     def _certain(self) -> str:
-        text = self._text()
+        text = self._text().rstrip("\ufffd")  # the beginning of a character
         unsure = max((_overlap(text, stop) for stop in self._stops), default=0)
-        text = text[: len(text) - unsure]
-        return text.rstrip("\ufffd")
+        return text[: len(text) - unsure]
 
     def _give(self, text: str) -> str:
         new = text[self._shown :]

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
-from torch.nn import functional as F
 
 from lookfar.errors import UserError
 from lookfar.evaluation.base import Measurement, Progress, Row, Text
@@ -18,7 +17,7 @@ from lookfar.model.decoder import Decoder
 from lookfar.model.numbering import find
 
 TOGETHER = 1 << 12  # tokens of the windows that are read at once
-LOGITS = 1 << 23  # entries of the logits that are held at once
+LOGITS = 1 << 20  # entries of the logits that are held at once
 
 
 class Perplexity(Measurement):
@@ -101,8 +100,15 @@ def _losses(
         with torch.autocast(device.type, enabled=False):
             weight = model.embedding.weight.dtype
             pieces = zip(states.to(weight).split(rows), wanted.split(rows), strict=True)
-            losses = [F.cross_entropy(model.logits(each).float(), goal, reduction="none") for each, goal in pieces]
+            losses = [_loss(model.logits(each).float(), goal) for each, goal in pieces]
     return torch.cat(losses).double()
+
+
+def _loss(logits: Float[Tensor, "n vocabulary"], wanted: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Cross-entropy in nats, in the place of the logits: a second tensor of their size would be made for each piece."""
+    chosen = logits.gather(1, wanted[:, None])[:, 0]
+    top = logits.amax(-1)
+    return logits.sub_(top[:, None]).exp_().sum(-1).log_() + top - chosen
 
 
 def _exp(loss: float) -> float:

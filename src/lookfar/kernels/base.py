@@ -24,6 +24,7 @@ class Call:
     plain: bool = True  # the order of tokens alone decides who sees whom
     consecutive: bool = True  # positions are 0, 1, 2, …
     causal: bool = True  # nothing ahead is seen
+    slots: bool = False  # some queries are slots, which see a part of the text and themselves
 
     @classmethod
     def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> "Call":
@@ -37,8 +38,9 @@ class Call:
             batch=queries.shape[0],
             gradients=torch.is_grad_enabled() and any(each.requires_grad for each in needing),
             plain=sight.plain,
-            consecutive=sight.consecutive,
+            consecutive=sight.consecutive and sight.text is None,
             causal=not sight.ahead,
+            slots=sight.asking > 0,
         )
 
 

@@ -11,6 +11,7 @@ from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
 ENTRIES = 1 << 19  # of the score square, over batch and heads, that a chunk holds
+SIZES, ALIGNED = 15, 16  # how many numbers of keys occur: libraries prepare for each, and keep what they prepared
 WHOLE = 1 << 22  # entries up to which the square is held at once, and nothing is computed twice
 
 
@@ -38,10 +39,10 @@ class Chunked(Kernel):
         chunk = self.rows(maps, sight)
         if chunk >= sight.queries or maps * sight.queries * sight.keys <= self.whole:
             return reference.attend(queries, keys, values, sight, scheme)
-        gradients = torch.is_grad_enabled()
+        gradients, step = torch.is_grad_enabled(), -(-sight.keys // (SIZES * ALIGNED)) * ALIGNED
         outputs = []
-        for start in range(0, sight.queries, chunk):
-            part = sight.rows(start, min(start + chunk, sight.queries))
+        for start in reversed(range(0, sight.queries, chunk)):  # what the largest leaves free, the others fit in
+            part = sight.rows(start, min(start + chunk, sight.queries), step=step)
             seen = slice(part.first_key - sight.first_key, part.first_key - sight.first_key + part.keys)
             given = queries[:, :, start : start + chunk], keys[:, :, seen], values[:, :, seen], part, scheme
             outputs.append(
@@ -49,7 +50,7 @@ class Chunked(Kernel):
                 if gradients
                 else reference.attend(*given)
             )
-        return torch.cat(outputs, dim=2)
+        return torch.cat(outputs[::-1], dim=2)
 
     def rows(self, maps: int, sight: Sight) -> int:
         """How many queries make a chunk: a power of two, at least 16."""

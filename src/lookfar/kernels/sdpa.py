@@ -30,7 +30,7 @@ class Sdpa(Kernel):
             return f"{type(scheme.maps[0]).__name__} rewrites the scores"
         if scheme.soft_cap is not None:
             return "the scores are soft-capped"
-        others = [type(bias).__name__ for bias in scheme.biases if not isinstance(bias, Alibi)]
+        others = [type(bias).__name__ for bias in scheme.biases if type(bias) is not Alibi]  # an heir has its own `at`
         if others:
             return f"{others[0]} adds a bias that does not split into a query and a key part"
         if scheme.biases and not (call.consecutive and call.causal):

@@ -58,10 +58,8 @@ class Alibi(DistanceBias):
     def at(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
         slopes, distance = self.slopes, wide(distances, self.start)
         ahead = distance < 0
-        if self.form == "offset":
-            distance = torch.where(ahead, distance + 0.5, distance)
         slope = torch.where(ahead, slopes[-1][:, None], slopes[0][:, None])
-        bias = -slope * distance.abs()
+        bias = -slope * (distance.abs() - 0.5 * ahead if self.form == "offset" else distance.abs())
         if self.form == "split":
             first = torch.arange(len(bias), device=bias.device)[:, None] < len(bias) // 2
             bias = bias.masked_fill(torch.where(first, ahead, distance > 0), -torch.inf)

@@ -89,6 +89,8 @@ class Method(nn.Module, ABC):
     paper: ClassVar[str] = ""  # authors, year and arXiv number
     adds: ClassVar[str] = ""  # a few words: what it adds to plain attention
     bounded: ClassVar[bool] = False  # cannot number positions beyond the site's
+    fractional: ClassVar[bool] = True  # takes positions between whole numbers
+    once: bool = True  # encodes a key once, whatever comes after it
 
     def __init__(self, site: Site) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ class Learned(InputEncoding):
 
     paper = "Gehring et al., 2017, arXiv 1705.03122"
     adds = "a learned vector per position to the embeddings"
+    fractional = False
     bounded = True
 
     def __init__(self, site: Site) -> None:

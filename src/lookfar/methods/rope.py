@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lookfar.errors import UserError
 from lookfar.methods.base import Count, Positive, QueryKeyEncoding, Site, wide
+from lookfar.sight import Sight
 
 Part = Annotated[float, Gt(0), Le(1)]
-Scaling = Literal["none", "pi", "ntk", "yarn", "llama3"]
+Scaling = Literal["none", "pi", "ntk", "dynamic", "yarn", "llama3"]
 
 
 class Rope(QueryKeyEncoding):
@@ -30,6 +31,9 @@ class Rope(QueryKeyEncoding):
 
     - `pi`: positions / factor (Chen et al., 2023, arXiv 2306.15595)
     - `ntk`: base · factor^(width/(width - 2)), the static form
+    - `dynamic`: as ntk, with the factor that the current length n asks for, factor · n / original - (factor - 1), and
+      plain up to `original`; every key then turns anew with each token, so it takes whole sequences of one document
+      only and cannot be cached
     - `yarn`: high frequencies stay, low ones are divided by the factor, those between 32 and 1 turns of `original` are
       blended; queries and keys grow by 0.1 ln(factor) + 1 (Peng et al., 2023, arXiv 2309.00071)
     - `llama3`: as Llama 3.1, waves shorter than original/4 stay, those longer than `original` are divided by the factor
@@ -60,11 +64,11 @@ class Rope(QueryKeyEncoding):
             part = "" if fraction == 1 else f" times fraction ({fraction}), {self.width} features,"
             raise UserError(f"rope turns pairs of features: head_width ({site.heads.head_width}){part} must be even.")
         if factor > 1 and scaling == "none":
-            raise UserError(f"rope(factor={factor}) needs a scaling: pi, ntk, yarn or llama3.")
+            raise UserError(f"rope(factor={factor}) needs a scaling: pi, ntk, dynamic, yarn or llama3.")
         if scaling == "ntk" and self.width > 2:
             base *= factor ** (self.width / (self.width - 2))
         half = self.width // 2
-        frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
+        frequencies = base ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
         frequencies[max(1, round(p * half)) :] = 0
         length = site.context if original is None else original
         if scaling == "pi":
@@ -73,7 +77,9 @@ class Rope(QueryKeyEncoding):
             frequencies = _yarn(frequencies, base, factor, length)
         elif scaling == "llama3":
             frequencies = _llama3(frequencies, factor, length)
-        self.frequencies = frequencies.tolist()  # not a buffer: no cast may touch them
+        self.frequencies = frequencies.tolist()  # not a buffer: no cast may touch them, nor a model without data
+        self.once = scaling != "dynamic"
+        self.factor, self.original = factor, length  # of the dynamic form
         self.growth = 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
 
     def queries(self, queries: Float[Tensor, "b h t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b h t e"]:
@@ -84,7 +90,8 @@ class Rope(QueryKeyEncoding):
 
     def _turn(self, x: Float[Tensor, "b c t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b c t e"]:
         places = wide(positions, x)[:, None, :, None]  # b 1 t 1
-        angles = places * torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
+        frequencies = torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
+        angles = places * (frequencies if self.once else self._stretched(frequencies, places))
         cos, sin = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
         turned, still = x[..., : self.width], x[..., self.width :]
         if self.layout == "halves":
@@ -94,6 +101,24 @@ class Rope(QueryKeyEncoding):
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
         return torch.cat([turned, still], dim=-1)
 
+    def refusal(self, sight: Sight) -> str | None:
+        if self.once:
+            return None
+        documents = sight.key_documents
+        several = documents is not None and bool(((documents != documents[:, -1:]) & (documents >= 0)).any())
+        if sight.queries != sight.keys or sight.text is not None or several:
+            return "rope(scaling=dynamic) turns all keys by the length of the sequence; it takes whole sequences only."
+        return None
+
+    def _stretched(
+        self, frequencies: Float[Tensor, " f"], places: Float[Tensor, "#b 1 t 1"]
+    ) -> Float[Tensor, "#b 1 1 f"]:
+        """The frequencies of the dynamic form: the base grows with the length of each line."""
+        tokens = places.amax(dim=2, keepdim=True) + 1
+        stretch = (self.factor * tokens / self.original - (self.factor - 1)).clamp(min=1)
+        feature = torch.arange(len(frequencies)).to(frequencies) / max(1, len(frequencies) - 1)
+        return frequencies * stretch**-feature
+
 
 def _yarn(frequencies: Float[Tensor, " f"], base: float, factor: float, original: int) -> Float[Tensor, " f"]:
     """Blend by how often a wave turns within the original length: 32 times or more stays, once or less is stretched."""
@@ -102,8 +127,10 @@ def _yarn(frequencies: Float[Tensor, " f"], base: float, factor: float, original
     def feature(turns: float) -> float:
         return half * math.log(original / (2 * math.pi * turns)) / math.log(base)
 
-    low, high = max(0, math.floor(feature(32.0))), min(half - 1, math.ceil(feature(1.0)))
-    ramp = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    low, high = max(0, math.floor(feature(32.0))), min(2 * half - 1, math.ceil(feature(1.0)))
+    ramp = ((torch.arange(half, dtype=torch.float64, device=frequencies.device) - low) / max(high - low, 1e-3)).clamp(
+        0, 1
+    )
     return frequencies * (1 - ramp) + frequencies / factor * ramp
 
 

@@ -27,6 +27,7 @@ class T5(DistanceBias):
 
     paper = "Raffel et al., 2020, arXiv 1910.10683"
     adds = "a learned bias by bucket of distance"
+    fractional = False
     shared = True
 
     def __init__(

@@ -61,7 +61,8 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """What each token receives. Without a sight, tokens are consecutive and see all before them.
 
-        With a cache the keys and values of `x` are appended to it, and the sight covers all keys in it.
+        With a cache the keys and values of `x` are appended to it, those of slots excepted, and the sight covers all
+        keys in it and the slots.
         """
         if sight is None:
             past = 0 if cache is None else cache.length
@@ -73,8 +74,13 @@ class Attention(nn.Module):
         values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
         positions = sight.query_positions  # the new tokens are the queries
         queries, keys = self.scheme.queries(queries, positions), self.scheme.keys(keys, positions)
+        if cache is not None and not self.scheme.once:
+            raise UserError(
+                f"{self.scheme.expression} encodes all keys anew when the sequence grows, so none can be cached; "
+                "pass the whole sequence at every step, or choose a scaling that is fixed, such as ntk or yarn."
+            )
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = _remembered(cache, keys, values, slots=sight.asking)
         outputs = kernels.attend(queries, keys, values, sight, self.scheme, self.kernel)
         return self.output(self.scheme.merge(outputs, x).transpose(1, 2).flatten(2))
 
@@ -117,6 +123,18 @@ def attend(
     queries = scheme.queries(queries, sight.query_positions)
     keys = scheme.keys(keys, sight.key_positions)
     return scheme.merge(kernels.attend(queries, keys, values, sight, scheme, kernel), inputs)
+
+
+def _remembered(
+    cache: LayerCache, keys: Float[Tensor, "b g t e"], values: Float[Tensor, "b g2 t v"], slots: int
+) -> tuple[Float[Tensor, "b g k e"], Float[Tensor, "b g2 k v"]]:
+    """All keys and values, the cached ones first; new text is stored, slots are only shown."""
+    if not slots:
+        return cache.append(keys, values)
+    text = keys.shape[2] - slots
+    if text:
+        cache.append(keys[:, :, :text], values[:, :, :text])
+    return cache.show(keys[:, :, text:], values[:, :, text:])
 
 
 def _normed(norm: nn.RMSNorm | None, heads: Float[Tensor, "b c t e"]) -> Float[Tensor, "b c t e"]:

@@ -22,16 +22,26 @@ class LayerCache:
         self, keys: Float[Tensor, "b g t e"], values: Float[Tensor, "b g2 t v"]
     ) -> tuple[Float[Tensor, "b g k e"], Float[Tensor, "b g2 k v"]]:
         """Store new keys and values; return all that are stored."""
-        if self.length == 0:
+        start, self.length = self.length, self.length + keys.shape[2]
+        return self._write(keys, values, start)
+
+    def show(
+        self, keys: Float[Tensor, "b g t e"], values: Float[Tensor, "b g2 t v"]
+    ) -> tuple[Float[Tensor, "b g k e"], Float[Tensor, "b g2 k v"]]:
+        """All that are stored, and these after them, which are not kept."""
+        return self._write(keys, values, self.length)
+
+    def _write(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        stop = start + keys.shape[2]
+        if start == 0:
             self._keys = torch.empty_like(self._keys, dtype=keys.dtype, device=keys.device)
             self._values = torch.empty_like(self._values, dtype=values.dtype, device=values.device)
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self._keys.shape[2]:
-            size = 1 << (self.length - 1).bit_length()
+        if stop > self._keys.shape[2]:
+            size = 1 << (stop - 1).bit_length()
             self._keys, self._values = _grown(self._keys, size), _grown(self._values, size)
-        self._keys[:, :, start : self.length] = keys
-        self._values[:, :, start : self.length] = values
-        return self._keys[:, :, : self.length].to(keys.dtype), self._values[:, :, : self.length].to(values.dtype)
+        self._keys[:, :, start:stop] = keys
+        self._values[:, :, start:stop] = values
+        return self._keys[:, :, :stop].to(keys.dtype), self._values[:, :, :stop].to(values.dtype)
 
 
 class Cache:

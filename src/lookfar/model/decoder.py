@@ -15,6 +15,8 @@ from lookfar.model.block import Block, FeedForward
 from lookfar.model.cache import Cache, LayerCache
 from lookfar.sight import Sight
 
+FEW = 16  # new tokens whose places in their documents are counted, in place of sorting all
+
 
 class Decoder(nn.Module):
     """Tokens `[b t]` -> logits `[b t vocabulary]`."""
@@ -28,6 +30,8 @@ class Decoder(nn.Module):
         shared: Shared = {}
         self.blocks = nn.ModuleList(_block(config, layer, shared) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        different = {None: 0, "own": config.slots, "one": 1}[config.slot_embeddings if config.slots else None]
+        self.slot_embedding = nn.Embedding(different, config.width) if different else None
         self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
         self.windows = [layer_window(config, layer) for layer in range(config.layers)]
         self.encoding = _input_encoding(self._blocks())
@@ -68,7 +72,69 @@ class Decoder(nn.Module):
             sights = dict.fromkeys(self.windows, sight)
         else:
             sights = self._sights(tokens, positions, documents, cache)
-        x = self.embedding(tokens)
+        return self._through(self.embedding(tokens), sights, cache)
+
+    def slot_states(
+        self,
+        tokens: Int[Tensor, "b t"],
+        *,
+        slots: int | None = None,
+        ends: Int[Tensor, "#b a"] | None = None,
+        positions: Num[Tensor, "#b t"] | None = None,
+        documents: Int[Tensor, "b t"] | None = None,
+        ahead: bool = False,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b a s d"]]:
+        """The states of the text, and of slots that predict several tokens at once: what `logits` reads.
+
+        After every anchor stand s slots: slot n predicts the token n places after the text that it follows (n from 0).
+        A slot sees that text and itself, so its answer depends neither on the other slots nor on how many there are.
+
+        Args:
+            tokens: of the text, or what is new in it where there is a cache; there may be none.
+            slots: how many at each anchor; by default as many as the configuration has.
+            ends: the anchors, `[b a]`: how many tokens of the text each follows; by default one, after all of them.
+            positions, documents: of the text, as in `forward`.
+            ahead: the text sees all of itself, as a prefix that is given whole.
+            cache: keys and values of earlier tokens; those of `tokens` are appended, those of slots are not.
+        """
+        if self.slot_embedding is None or self.config.slots is None:
+            raise UserError("This model has no slots; train it with model.slots=4.")
+        slots = self.config.slots if slots is None else slots
+        if not 1 <= slots <= self.config.slots:
+            raise UserError(f"{slots} slots are not possible: the model has {self.config.slots}.")
+        batch, new = tokens.shape
+        past = 0 if cache is None else cache.length
+        if ends is None:
+            ends = torch.full((1, 1), past + new, device=tokens.device)
+        anchors = ends.shape[1]
+        farthest = past + new + slots if self.config.slot_positions == "offset" else past + new + 1
+        positions, documents = self._numbered(tokens, positions, documents, cache, farthest)
+        offsets = torch.arange(slots, device=tokens.device) * (self.config.slot_positions == "offset")
+        sights = {
+            window: Sight.slots(
+                past + new,
+                anchors * slots,
+                queries=new + anchors * slots,
+                ends=ends.repeat_interleave(slots, dim=1),
+                offsets=offsets.repeat(anchors)[None],
+                positions=positions,
+                documents=documents,
+                window=window,
+                ahead=ahead,
+                device=tokens.device,
+            )
+            for window in dict.fromkeys(self.windows)
+        }
+        embedded = self.slot_embedding.weight[:slots].expand(slots, -1)
+        x = torch.cat([self.embedding(tokens), embedded.repeat(anchors, 1).expand(batch, -1, -1)], dim=1)
+        states = self._through(x, sights, cache)
+        return states[:, :new], states[:, new:].unflatten(1, (anchors, slots))
+
+    def _through(
+        self, x: Float[Tensor, "b t d"], sights: dict[int | None, Sight], cache: Cache | None
+    ) -> Float[Tensor, "b t d"]:
+        """Embeddings through all layers."""
         if self.encoding is not None:
             x = self.encoding.encode(x, next(iter(sights.values())).query_positions)
         x = F.dropout(x, self.config.embedding_dropout, self.training and self.config.embedding_dropout > 0)
@@ -90,6 +156,11 @@ class Decoder(nn.Module):
         return Cache(layers, batch)
 
     @property
+    def once(self) -> bool:
+        """Whether every key is encoded once, so that a cache can hold it."""
+        return all(block.attention.scheme.once for block in self._blocks())
+
+    @property
     def farthest(self) -> int | None:
         """How many positions the model can number; None: any number."""
         table = getattr(self.encoding, "positions", None)
@@ -102,17 +173,9 @@ class Decoder(nn.Module):
         documents: Int[Tensor, "b t"] | None,
         cache: Cache | None,
     ) -> dict[int | None, Sight]:
-        batch, new = tokens.shape
+        new = tokens.shape[1]
         past = 0 if cache is None else cache.length
-        if cache is not None:
-            positions, documents = _continued(cache, batch, new, positions, documents)
-        elif documents is not None and positions is None:
-            positions = consecutive(documents)
-        if positions is None and self.farthest is not None and past + new > self.farthest:
-            raise UserError(
-                f"{past + new} tokens are more than the {self.farthest} positions of the learned table; "
-                f"train with model.positions={past + new} or ask for fewer."
-            )
+        positions, documents = self._numbered(tokens, positions, documents, cache, past + new)
         return {
             window: Sight.causal(
                 past + new,
@@ -124,6 +187,27 @@ class Decoder(nn.Module):
             )
             for window in dict.fromkeys(self.windows)
         }
+
+    def _numbered(
+        self,
+        tokens: Int[Tensor, "b t"],
+        positions: Num[Tensor, "#b t"] | None,
+        documents: Int[Tensor, "b t"] | None,
+        cache: Cache | None,
+        farthest: int,
+    ) -> tuple[Num[Tensor, "#b k"] | None, Int[Tensor, "b k"] | None]:
+        """Positions and documents of all text, cached and new; None while all is consecutive in one document."""
+        if cache is not None:
+            batch, new = tokens.shape
+            positions, documents = _continued(cache, batch, new, positions, documents)
+        elif documents is not None and positions is None:
+            positions = consecutive(documents)
+        if positions is None and self.farthest is not None and farthest > self.farthest:
+            raise UserError(
+                f"{farthest} tokens are more than the {self.farthest} positions of the learned table; "
+                f"train with model.positions={farthest} or ask for fewer."
+            )
+        return positions, documents
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -199,6 +283,8 @@ def _embedding_scale(width: int) -> float:
 def _initialise(model: Decoder) -> None:
     """Weights of variance 1/inputs keep the scale; those that add to the stream are 1/√(2·layers) of that."""
     nn.init.normal_(model.embedding.weight, std=_embedding_scale(model.config.width))
+    if model.slot_embedding is not None:
+        nn.init.normal_(model.slot_embedding.weight, std=_embedding_scale(model.config.width))
     shrink = (2 * model.config.layers) ** -0.5
     for block in model._blocks():
         for linear, factor in (
@@ -229,10 +315,25 @@ def _continued(
         after = torch.zeros(batch, new, dtype=torch.long, device=device) if documents is None else documents
         cache.documents = torch.cat([before, after], dim=1)
     if positions is not None or cache.positions is not None or cache.documents is not None:
-        default = torch.arange(past + new, device=device).expand(batch, -1)
-        if cache.documents is not None:
-            default = consecutive(cache.documents)
-        before = default[:, :past] if cache.positions is None else cache.positions
-        after = default[:, past:] if positions is None else positions.expand(batch, -1)
+        before, after = cache.positions, None if positions is None else positions.expand(batch, -1)
+        if before is None or after is None:
+            first = 0 if before is None else past
+            default = _default(cache.documents, first, past + new, batch, device)
+            before = default[:, :past] if before is None else before
+            after = default[:, default.shape[1] - new :] if after is None else after
         cache.positions = torch.cat([before, after], dim=1)
     return cache.positions, cache.documents
+
+
+def _default(
+    documents: Int[Tensor, "b k"] | None, first: int, last: int, batch: int, device: torch.device
+) -> Int[Tensor, "b t"]:
+    """Numbers of the tokens from `first` to `last`: 0, 1, 2, … within each document."""
+    if documents is None:
+        return torch.arange(first, last, device=device).expand(batch, -1)
+    if last - first > FEW:
+        return consecutive(documents)[:, first:]
+    places = torch.arange(last, device=device)
+    own = documents[:, first:, None] == documents[:, None, :]  # b t k
+    earlier = places < places[first:, None]
+    return (own & earlier).sum(-1).masked_fill(documents[:, first:] < 0, 0)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lookfar.errors import UserError
+from lookfar.model.cache import Cache
 from lookfar.model.decoder import Decoder
 
 PADDING = -1  # the document of a token that no one sees
@@ -32,6 +33,7 @@ class Sampling:
             "top_p": self.top_p is None or 0 < self.top_p <= 1,
             "min_p": self.min_p is None or 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
+            "seed": 0 <= self.seed < 1 << 63,
         }
         for name, good in bounds.items():
             if not good:
@@ -47,7 +49,7 @@ class Sampling:
             logits = torch.where(among[:, :-1], torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if self.temperature == 0:
             return logits
-        logits = logits / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
         if self.top_k is not None and self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
@@ -73,6 +75,7 @@ class Sampling:
         return torch.cat(drawn)
 
 
+@torch.inference_mode()  # as a decorator: off while the reader of the stream is at work
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -81,6 +84,7 @@ def stream(
     sampling: Sampling | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     seconds: float | None = None,
+    block: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one token for each prompt at a time, None for those that are done.
 
@@ -91,9 +95,11 @@ def stream(
         sampling: how each is chosen; by default from the plain probabilities with seed 0.
         stop: told what has been written after a prompt, says whether it is done.
         seconds: the most time to spend.
+        block: how many tokens to predict at once, by the slots of the model; each is then chosen without knowing the
+            others of its block. None: one by one.
     """
     sampling = Sampling() if sampling is None else sampling
-    given, documents = _padded(model, prompts, tokens)
+    given, documents = _padded(model, prompts, tokens, block or 0)
     deadline = None if seconds is None else time.monotonic() + seconds
     device = given.device
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
@@ -101,24 +107,28 @@ def stream(
     done = [False] * len(prompts)
     seen = None if documents is None else given.masked_fill(documents == PADDING, -1)
     seen = given if seen is None else seen
-    with torch.inference_mode():
-        cache = model.cache(batch=len(prompts), length=given.shape[1] + tokens)
-        states = model.states(given, documents=documents, cache=cache)[:, -1]
-        for _ in range(tokens):
-            chosen = sampling.choose(model.logits(states), seen, generators)
+    room = given.shape[1] + tokens + (block or 0)
+    cache = model.cache(batch=len(prompts), length=room) if model.once else None  # None: all is encoded at every step
+    count = 0
+    while True:
+        states = _ahead(model, given, documents, cache, block)
+        accepted = []
+        for state in states.unbind(1)[: tokens - count]:
+            chosen = sampling.choose(model.logits(state), seen, generators)
+            accepted.append(chosen)
             step: list[int | None] = []
             for row, token in enumerate(chosen.tolist()):
                 step.append(None if done[row] else token)
                 if not done[row]:
                     written[row].append(token)
                     done[row] = stop is not None and stop(written[row])
+            count += 1
             yield step
-            if all(done) or len(written[0]) == tokens or (deadline is not None and time.monotonic() > deadline):
+            if all(done) or count == tokens or (deadline is not None and time.monotonic() > deadline):
                 return
             if sampling.repetition_penalty != 1:
                 seen = torch.cat([seen, chosen[:, None]], dim=1)
-            more = None if documents is None else torch.zeros_like(chosen)[:, None]
-            states = model.states(chosen[:, None], documents=more, cache=cache)[:, -1]
+        given, documents = _following(given, documents, torch.stack(accepted, dim=1), whole=cache is None)
 
 
 def generate(
@@ -129,18 +139,43 @@ def generate(
     sampling: Sampling | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     seconds: float | None = None,
+    block: int | None = None,
 ) -> list[list[int]]:
     """The tokens written after each prompt. For arguments see `stream`."""
     written: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, tokens=tokens, sampling=sampling, stop=stop, seconds=seconds):
+    for step in stream(model, prompts, tokens=tokens, sampling=sampling, stop=stop, seconds=seconds, block=block):
         for row, token in zip(written, step, strict=True):
             if token is not None:
                 row.append(token)
     return written
 
 
+def _ahead(
+    model: Decoder,
+    tokens: Int[Tensor, "b t"],
+    documents: Int[Tensor, "b t"] | None,
+    cache: Cache | None,
+    block: int | None,
+) -> Float[Tensor, "b s d"]:
+    """The states of what follows the tokens, which are put into the cache: one, or those of a block of slots."""
+    if block is None:
+        return model.states(tokens, documents=documents, cache=cache)[:, -1:]
+    return model.slot_states(tokens, slots=block, documents=documents, cache=cache)[1][:, 0]
+
+
+def _following(
+    given: Int[Tensor, "b t"], documents: Int[Tensor, "b t"] | None, new: Int[Tensor, "b s"], whole: bool
+) -> tuple[Int[Tensor, "b u"], Int[Tensor, "b u"] | None]:
+    """What the model is given next: the new tokens, or the whole text with them."""
+    more = None if documents is None else torch.zeros_like(new)
+    if not whole:
+        return new, more
+    numbers = None if documents is None or more is None else torch.cat([documents, more], dim=1)
+    return torch.cat([given, new], dim=1), numbers
+
+
 def _padded(
-    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int
+    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int, block: int
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"] | None]:
     """Prompts with padding on the left, and what is padding; None where all are of one length."""
     lengths = [len(prompt) for prompt in prompts]
@@ -149,10 +184,11 @@ def _padded(
         raise UserError("A prompt is empty; give at least one token to write on from.")
     if tokens < 1:
         raise UserError(f"{tokens} tokens cannot be written; ask for at least 1.")
-    if model.farthest is not None and longest + tokens > model.farthest:
+    needed = tokens + max(0, block - 1)  # the last block may begin at the last token
+    if model.farthest is not None and longest + needed > model.farthest:
         raise UserError(
-            f"A prompt of {longest} tokens and {tokens} more are beyond the {model.farthest} positions of the learned "
-            f"table; ask for at most {max(0, model.farthest - longest)} tokens."
+            f"A prompt of {longest} tokens and {needed} more are beyond the {model.farthest} positions of the learned "
+            f"table; ask for at most {max(0, model.farthest - longest - needed + tokens)} tokens."
         )
     wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocabulary), None)
     if wrong is not None:

@@ -1,6 +1,8 @@
 """Looks a run over at the door, before anything is built or written."""
 
 import torch
+from jaxtyping import Num
+from torch import Tensor
 
 from lookfar import plugins
 from lookfar.attention.scheme import build_scheme, parse
@@ -10,6 +12,7 @@ from lookfar.evaluation import protocols
 from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
+from lookfar.training import objectives, schedules
 
 
 def check(run: Run) -> None:
@@ -17,20 +20,18 @@ def check(run: Run) -> None:
     for protocol in run.evaluation.protocols:
         for length in run.lengths:
             protocols.find(protocol).windows(1, length)
+    schedules.check(run.training)
     model = run.model
-    for expression in (run.training.numbering, run.evaluation.numbering):
-        numbering.find(expression, model.context)(1, 1, torch.Generator())
+    numbers = _numbers(run)
+    objectives.find(run.training.objective, model)
     limit = model.context if model.positions is None else model.positions
     for layer in range(model.layers):
         expression = layer_scheme(model, layer)
         layer_window(model, layer)
         for term in parse(expression):
             kind = plugins.find("methods", term.name)
-            if issubclass(kind, Method) and kind.bounded and max(run.lengths) > limit:
-                raise UserError(
-                    f"{term.name!r} has no positions beyond {limit}, and evaluation.lengths reach {max(run.lengths)}; "
-                    f"set model.positions={max(run.lengths)}, or evaluation.lengths up to {limit}."
-                )
+            if issubclass(kind, Method):
+                _takes(kind, term.name, numbers, limit)
         if layer == 0 or not isinstance(model.scheme, str):
             build_scheme(
                 expression,
@@ -46,6 +47,35 @@ def check(run: Run) -> None:
         raise UserError(f"Embeddings are encoded once: {named[0]!r} and {named[1]!r} cannot be in one pattern.")
     device_of(model.device)
     plugins.find("data", run.data.source)
+
+
+def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
+    """How the longest line of each part is numbered, by what decides it."""
+    parts = {
+        "model.context": (run.training.numbering, run.model.context),
+        "evaluation.lengths": (run.evaluation.numbering, max(run.lengths)),
+    }
+    found = {}
+    for part, (expression, tokens) in parts.items():
+        positions = numbering.find(expression, run.model.context)(1, tokens, torch.Generator().manual_seed(0))
+        found[part] = torch.arange(tokens)[None] if positions is None else positions
+    return found
+
+
+def _takes(kind: type[Method], name: str, numbers: dict[str, Num[Tensor, "1 t"]], limit: int) -> None:
+    """Raise where a method has no position for some number."""
+    for part, positions in numbers.items():
+        reach = int(positions.max()) + 1
+        if kind.bounded and reach > limit:
+            raise UserError(
+                f"{name!r} has no positions beyond {limit}, and {part} reach {reach}; "
+                f"set model.positions={reach}, or {part} up to {limit}."
+            )
+        if not kind.fractional and positions.is_floating_point():
+            raise UserError(
+                f"{name!r} takes whole positions, and tokens of {part} are numbered in fractions; "
+                f"number them consecutively."
+            )
 
 
 def _encodes_inputs(expression: str) -> bool:

@@ -10,8 +10,9 @@ import torch
 
 import lookfar
 from lookfar import config, files
-from lookfar.config import Run
+from lookfar.config import Run, TrainingConfig
 from lookfar.errors import UserError
+from lookfar.training import schedules
 
 try:
     import fcntl
@@ -47,10 +48,13 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def settle(folder: Path, run: Run, label: str) -> None:
-    """Write the recipe of a new run; for one that is there already, refuse what would make it another run."""
+def settle(folder: Path, run: Run, label: str, *, done: int = 0) -> None:
+    """Write the recipe of a new run; for one that is there already, refuse what would make it another run.
+
+    The end of a run may move where none of the updates that are `done` would have had another rate.
+    """
     if (folder / RECIPE).exists():
-        _refuse_another(folder, run, label)
+        _refuse_another(folder, run, label, done)
     versions = {
         "lookfar": lookfar.__version__,
         "torch": torch.__version__,
@@ -60,12 +64,19 @@ def settle(folder: Path, run: Run, label: str) -> None:
     files.write(folder / RECIPE, config.write_toml({**run.model_dump(), "versions": versions}).encode())
 
 
-def _refuse_another(folder: Path, run: Run, label: str) -> None:
+def _refuse_another(folder: Path, run: Run, label: str, done: int) -> None:
     before, label_before = read(folder)
-    changed = [key for key in _differences(before.model_dump(), run.model_dump()) if not _is_free(key, run)]
+    changed = [key for key in _differences(before.model_dump(), run.model_dump()) if not _is_free(key)]
+    of_end = [key for key in changed if _moves_end(key, before.training, run.training)]
+    reason = schedules.refusal(before.training, run.training, done) if of_end else None
+    if reason is None:
+        changed = [key for key in changed if key not in of_end]
     if changed:
         told = ", ".join(f"{key} ({_at(before, key)} -> {_at(run, key)})" for key in changed)
-        raise UserError(f"{folder} holds a run with other settings: {told}. Restore them, or choose another folder.")
+        why = f" {reason}" if reason else ""
+        raise UserError(
+            f"{folder} holds a run with other settings: {told}.{why} Restore them, or choose another folder."
+        )
     if label_before != label:
         raise UserError(f"{folder} was trained on {label_before}; the text is now {label}. Choose another folder.")
 
@@ -105,9 +116,17 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(part) for part in ("scheme", "data", "protocol", "numbering", "length", "metric", "count"))
 
 
-def _is_free(key: str, run: Run) -> bool:
-    horizon = key == "training.updates" and run.training.schedule == "constant" and run.training.warmup is not None
-    return horizon or any(key == free or key.startswith(f"{free}.") for free in FREE)
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _moves_end(key: str, before: TrainingConfig, now: TrainingConfig) -> bool:
+    """Whether a changed setting only says where the run ends: a schedule of the same name, a warm-up as long."""
+    if key == "training.schedule":
+        return schedules.name_of(before.schedule) == schedules.name_of(now.schedule)
+    if key == "training.warmup":
+        return schedules.warmup(before) == schedules.warmup(now)
+    return key == "training.updates"
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from lookfar.config import Run
 from lookfar.data.corpus import Corpus, open_corpus
@@ -20,10 +19,11 @@ from lookfar.evaluation import protocols
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
-from lookfar.training import checkpoint, optimizers
+from lookfar.training import checkpoint, objectives, optimizers
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
 from lookfar.training.measure import about, text_of
+from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
 from lookfar.training.schedules import rate
 
@@ -51,11 +51,11 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
     config = run.training
     lines = Lines(corpus.tokens("train"), context=run.model.context, seed=config.seed)
     with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
-        run_folder.settle(folder, run, corpus.label)
+        run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
         corpus.tokenizer.save(folder)
         torch.manual_seed(config.seed)
         model = Decoder(run.model).train()
-        optimizer = optimizers.adamw(model, config)
+        optimizer = optimizers.build(model, config)
         first, seconds = _resume(folder, model, optimizer)
         if first < config.updates:
             run_folder.forget_rows(folder)  # they were measured before what is trained now
@@ -127,21 +127,23 @@ def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
     size = config.batch // config.accumulation
     random = torch.Generator().manual_seed((config.seed * 1_000_003 + update) % 2**63)  # of the place: none is saved
     numbers = numbering.find(config.numbering, run.model.context)(config.batch, run.model.context, random)
+    chances = torch.rand(config.batch, run.model.context, generator=random)
+    objective = objectives.find(config.objective, run.model)
     for piece in range(config.accumulation):
         first = update * config.batch + piece * size
         several = numbers is not None and len(numbers) > 1
         positions = numbers[piece * size : (piece + 1) * size] if several and numbers is not None else numbers
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
+        chance = chances[piece * size : (piece + 1) * size].to(device)
         with autocast(config.precision, run.model.dtype, device):
-            logits = model(tokens[:, :-1], positions=positions)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()) / config.accumulation
+            loss = objective(model, tokens, positions, chance) / config.accumulation
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _resume(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def _resume(folder: Path, model: Decoder, optimizer: Optimizer) -> tuple[int, float]:
     """Go on from the newest whole checkpoint: updates done, and seconds spent on them."""
     checkpoint.sweep(folder)
     update = checkpoint.newest(folder)
@@ -157,7 +159,7 @@ def _resume(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> t
     return update, float(state["seconds"])
 
 
-def _save(folder: Path, update: int, model: Decoder, optimizer: torch.optim.Optimizer, seconds: float) -> None:
+def _save(folder: Path, update: int, model: Decoder, optimizer: Optimizer, seconds: float) -> None:
     state = {
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
