@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import lookfar
-from benchmarks import score_maps, training_steps
+from benchmarks import decoding, score_maps, tokenization, training_steps
 from lookfar import files
 
-PARTS = {"training_steps": training_steps, "score_maps": score_maps}
+PARTS = {"training_steps": training_steps, "score_maps": score_maps, "decoding": decoding, "tokenization": tokenization}
 
 
 def main() -> None:

@@ -69,7 +69,9 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor"]
+)
 def test_help_of_every_verb_shows_an_example(verb, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, verb, "--help")
     assert code == 0 and "Example:" in out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lookfar.config import DataConfig
-from lookfar.data import cache
+from lookfar.data import cache, shards
 from lookfar.data.base import SPLITS
 from lookfar.data.cache import cache_folder, publish
 from lookfar.data.corpus import open_corpus
@@ -36,7 +36,7 @@ def folder_config(tmp_path):
 
 
 def streams(corpus):
-    return {split: corpus.tokens(split).tolist() for split in SPLITS}
+    return {split: corpus.tokens(split)[:].tolist() for split in SPLITS}
 
 
 def visible(config):
@@ -46,7 +46,7 @@ def visible(config):
 def test_a_file_of_n_bytes_is_n_tokens(config):
     corpus = open_corpus(config)
     content = "".join(LINES).encode()
-    assert b"".join(corpus.tokens(split).tobytes() for split in SPLITS) == content
+    assert b"".join(corpus.tokens(split)[:].tobytes() for split in SPLITS) == content
     assert corpus.tokens("train").dtype == np.uint8
     assert corpus.starts("train").tolist() == [0]
 
@@ -54,7 +54,7 @@ def test_a_file_of_n_bytes_is_n_tokens(config):
 def test_the_separator_stands_between_documents_only(folder_config):
     corpus = open_corpus(folder_config)
     for split in SPLITS:
-        tokens, starts = corpus.tokens(split), corpus.starts(split)
+        tokens, starts = corpus.tokens(split)[:], corpus.starts(split)
         assert starts.dtype == np.int64
         assert np.flatnonzero(tokens == corpus.tokenizer.separator).tolist() == (starts[1:] - 1).tolist()
         texts = corpus.tokenizer.decode(tokens).split("\0")
@@ -66,8 +66,8 @@ def test_bpe_is_trained_on_the_corpus_and_loses_nothing(config):
     corpus = open_corpus(config.model_copy(update={"tokenizer": "bpe", "vocabulary": 300}))
     assert corpus.tokenizer.vocabulary == 300
     assert corpus.tokens("train").dtype == np.uint16
-    assert "".join(corpus.tokenizer.decode(corpus.tokens(split)) for split in SPLITS) == "".join(LINES)
-    size = sum(corpus.tokenizer.lengths[corpus.tokens(split)].sum() for split in SPLITS)
+    assert "".join(corpus.tokenizer.decode(corpus.tokens(split)[:]) for split in SPLITS) == "".join(LINES)
+    size = sum(corpus.tokenizer.lengths[corpus.tokens(split)[:]].sum() for split in SPLITS)
     assert size == len("".join(LINES).encode())
 
 
@@ -79,7 +79,7 @@ def test_a_given_tokenizer_takes_the_place_of_the_configured_one(config):
 
 def test_the_label_names_the_source_its_file_and_the_fingerprint(config, tmp_path):
     corpus = open_corpus(config)
-    assert corpus.name == "text_file:book.txt"
+    assert corpus.texts[0].name == "text_file:book.txt"
     assert corpus.label == f"text_file:book.txt@{corpus.fingerprint[:8]}"
     (tmp_path / "book.txt").write_text("".join(LINES[1:]), encoding="utf-8")
     assert open_corpus(config).fingerprint != corpus.fingerprint
@@ -87,9 +87,9 @@ def test_the_label_names_the_source_its_file_and_the_fingerprint(config, tmp_pat
 
 def test_tokens_are_mapped_and_cannot_be_written(config):
     tokens = open_corpus(config).tokens("train")
-    assert isinstance(tokens, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(TypeError, match="does not support item assignment"):
         tokens[0] = 1
+    assert all(isinstance(part, np.memmap) and not part.flags.writeable for part in tokens._parts)
 
 
 def test_a_corpus_is_built_once(config):
@@ -111,23 +111,33 @@ def test_the_cache_is_chosen_by_setting_then_environment(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "lookfar"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "lengthen", "remove", "no manifest", "broken manifest", "a file"])
+DAMAGES = ["truncate", "lengthen", "remove", "flip", "no record", "no manifest", "broken manifest", "a file"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_a_damaged_entry_is_rebuilt(config, damage, tokenizer):
     config = config.model_copy(update={"tokenizer": tokenizer, "vocabulary": 300})
     corpus = open_corpus(config)
-    before, tokens = streams(corpus), corpus.folder / "valid.tokens"
+    folder = corpus.texts[0].shards.folder
+    before, tokens = streams(corpus), folder / "valid-00000.shard"
     if damage in ("truncate", "lengthen"):
         os.truncate(tokens, tokens.stat().st_size + (2 if damage == "lengthen" else -2))
     elif damage == "remove":
         tokens.unlink()
+    elif damage == "flip":
+        content = bytearray(tokens.read_bytes())
+        content[3] ^= 1
+        tokens.write_bytes(content)
+    elif damage == "no record":
+        tokens.with_suffix(".json").unlink()
     elif damage == "no manifest":
-        (corpus.folder / "manifest.json").unlink()
+        (folder / "manifest.json").unlink()
     elif damage == "broken manifest":
-        (corpus.folder / "manifest.json").write_text('{"splits": 3}')
+        (folder / "manifest.json").write_text('{"splits": 3}')
     else:
-        corpus.folder.rename(corpus.folder.with_name("elsewhere"))
-        corpus.folder.touch()
+        folder.rename(folder.with_name("elsewhere"))
+        folder.touch()
     assert streams(open_corpus(config)) == before
 
 
@@ -143,7 +153,7 @@ def build_together(config, barrier, answers):
     waited = []
 
     def wait(what, part):
-        if not waited:  # both are in the middle of building when either goes on
+        if not waited:  # one is in the middle, the other finds it there, when either goes on
             waited.append(barrier.wait(30))
 
     answers.put((os.getpid(), streams(open_corpus(config, progress=wait))))
@@ -152,7 +162,7 @@ def build_together(config, barrier, answers):
 @pytest.mark.parametrize("state", ["missing", "damaged"])
 def test_two_processes_may_build_at_once(config, state):
     if state == "damaged":
-        (open_corpus(config).folder / "train.tokens").unlink()
+        (open_corpus(config).texts[0].shards.folder / "train-00000.shard").unlink()
     spawn = multiprocessing.get_context("spawn")
     barrier, answers = spawn.Barrier(2), spawn.Queue()
     builders = [spawn.Process(target=build_together, args=(config, barrier, answers)) for _ in range(2)]
@@ -191,7 +201,7 @@ def build_and_hang(config, pipe):
     open_corpus(config, progress=hang)
 
 
-def test_a_build_that_was_killed_leaves_nothing_visible_and_no_harm(config):
+def test_a_preparation_that_was_killed_does_no_harm(config):
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     builder = spawn.Process(target=build_and_hang, args=(config, there))
@@ -202,9 +212,9 @@ def test_a_build_that_was_killed_leaves_nothing_visible_and_no_harm(config):
     builder.join(30)
     assert builder.exitcode == -signal.SIGKILL
     (left,) = cache_folder(config.cache).iterdir()
-    assert left.name.startswith(".building-")
-    assert b"".join(open_corpus(config).tokens(split).tobytes() for split in SPLITS) == "".join(LINES).encode()
-    assert left.exists()
+    assert [each.name for each in left.iterdir() if not each.name.startswith(".")] == []
+    assert b"".join(open_corpus(config).tokens(split)[:].tobytes() for split in SPLITS) == "".join(LINES).encode()
+    assert sorted(each.name for each in left.glob(".*")) == [".lock"]
 
 
 def test_what_dead_builds_have_left_is_swept_after_a_day(config):
@@ -215,17 +225,17 @@ def test_what_dead_builds_have_left_is_swept_after_a_day(config):
         then = (folder.stat().st_mtime - age,) * 2
         for each in (folder / "entry" / "train.tokens", folder / "entry", folder):
             os.utime(each, then)
-    open_corpus(config)
+    open_corpus(config.model_copy(update={"tokenizer": "bpe", "vocabulary": 300}))
     assert [each.name for each in cache_folder(config.cache).glob(".*")] == [".building-new"]
 
 
-def test_an_interrupted_build_leaves_nothing(config):
+def test_an_interrupted_preparation_leaves_no_half_shard(config):
     def interrupt(what, part):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         open_corpus(config, progress=interrupt)
-    assert list(cache_folder(config.cache).iterdir()) == []
+    assert [each.name for each in cache_folder(config.cache).glob("*/*")] == [".lock"]
 
 
 def build_with_little_room(config, answers):
@@ -239,7 +249,7 @@ def build_with_little_room(config, answers):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files with setrlimit")
-def test_a_full_disk_is_told_and_leaves_nothing(config):
+def test_a_full_disk_is_told_and_leaves_no_half_shard(config):
     spawn = multiprocessing.get_context("spawn")
     answers = spawn.Queue()
     builder = spawn.Process(target=build_with_little_room, args=(config, answers))
@@ -247,7 +257,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(config):
     message = answers.get(timeout=50)
     builder.join(30)
     assert "cannot be written (File too large)" in message
-    assert list(cache_folder(config.cache).iterdir()) == []
+    assert [each.name for each in cache_folder(config.cache).glob("*/*")] == [".lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_told(config, tmp_path):
@@ -260,6 +270,8 @@ def test_a_cache_that_cannot_be_written_is_told(config, tmp_path):
 def test_a_cache_that_is_read_only_still_serves(config, monkeypatch):
     open_corpus(config)
     monkeypatch.setattr(cache, "TemporaryDirectory", None)  # any attempt to write fails
+    monkeypatch.setattr(shards, "write", None)
+    monkeypatch.setattr(shards, "_held", None)
     assert len(open_corpus(config).tokens("train"))
 
 
@@ -277,6 +289,6 @@ def test_an_unknown_source_is_told_with_the_nearest_name(config):
 
 def test_the_manifest_tells_the_sizes(config):
     corpus = open_corpus(config)
-    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    manifest = json.loads((corpus.texts[0].shards.folder / "manifest.json").read_text())
     assert manifest["dtype"] == "uint8"
-    assert manifest["splits"]["valid"] == {"tokens": len(corpus.tokens("valid")), "documents": 1}
+    assert manifest["splits"]["valid"] == {"shards": 1, "tokens": len(corpus.tokens("valid")), "documents": 1}

@@ -154,7 +154,7 @@ from lookfar.errors import UserError
 for path in sys.argv[1:]:
     try:
         corpus = open_corpus(DataConfig(source="hugging_face", path=path))
-        print(json.dumps([corpus.label, corpus.tokenizer.decode(corpus.tokens("valid"))]))
+        print(json.dumps([corpus.label, corpus.tokenizer.decode(corpus.tokens("valid")[:])]))
     except UserError as error:
         print(json.dumps(str(error)))
 """

@@ -271,6 +271,7 @@ def test_no_updates_leave_the_fresh_model(a_run, tmp_path):
 CHANGES = {
     "updates": "5",
     "batch": "2",
+    "optimizer": "muon",
     "rate": "2e-3",
     "schedule": "linear",
     "warmup": "3",
@@ -288,8 +289,9 @@ SEEN_ELSEWHERE = {
     "checkpoint_every",
     "keep",
     "evaluate_every",
-    "optimizer",
-}  # one optimizer so far
+    "on_out_of_memory",
+    "tracking",
+}
 
 
 def test_every_setting_of_training_is_tested():
@@ -378,7 +380,7 @@ def test_a_checkpoint_holds_weights_state_and_their_hashes(a_run, tmp_path):
     hashes = json.loads((place / "hashes.json").read_text())
     assert hashes == {name: files.digest(place / name) for name in ("model.safetensors", "state.pt")}
     state = torch.load(place / "state.pt", weights_only=True)
-    assert set(state) == {"optimizer", "random", "random_cuda", "seconds"}
+    assert set(state) == {"optimizer", "accumulation", "random", "random_cuda", "seconds"}
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"finished": 4, "last": 4}
     left = {each.name for each in tmp_path.iterdir()}
     assert left == {".lock", "checkpoints", "log.jsonl", "manifest.json", "rows.jsonl", "run.toml", "tokenizer.json"}

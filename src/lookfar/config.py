@@ -89,8 +89,9 @@ class ModelConfig(_Settings):
 class DataConfig(_Settings):
     """Which text, and how it becomes tokens."""
 
-    source: str = "python_library"
+    source: str = "python_library"  # several are mixed: text_file(path=books, weight=2) + python_library
     path: str | None = None  # text_file: a file or folder; hugging_face: a name on the hub
+    documents: Literal["joined", "isolated"] = "joined"  # isolated: attention stops where a document does
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     vocabulary: Annotated[int, Field(ge=257)] = 8192  # of bpe
     cache: str | None = None  # folder of token files; None: $LOOKFAR_CACHE or ~/.cache/lookfar
@@ -102,6 +103,7 @@ class TrainingConfig(_Settings):
     updates: Annotated[int, Field(ge=0)] = 1000
     batch: Count = 32  # sequences per update, accumulated ones included
     accumulation: Count = 1  # pieces that a batch is computed in
+    on_out_of_memory: Literal["stop", "halve"] = "stop"  # halve: smaller pieces from there on, the same result
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices between hidden states, AdamW for the rest
     objective: str = "next_token"  # also slots(anchors=16): several tokens at once
     rate: Positive = 1e-3  # the peak
@@ -117,6 +119,7 @@ class TrainingConfig(_Settings):
     checkpoint_every: Count | None = None  # None: at the end, and when interrupted
     keep: Count = 1  # checkpoints besides the best
     evaluate_every: Count | None = None  # held-out loss during training
+    tracking: Literal["wandb", "tensorboard", "trackio"] | None = None  # where the log goes besides log.jsonl
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainingConfig":

@@ -1,7 +1,7 @@
 """The methods of one layer, sorted by where they act."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -44,32 +44,32 @@ class Scheme(nn.Module):
         """How many heads of each sort there are."""
         return self.head_counts
 
-    @property
+    @cached_property
     def inputs(self) -> list[InputEncoding]:
         """What acts on the embeddings: at most one."""
         return self._all(InputEncoding)
 
-    @property
+    @cached_property
     def encodings(self) -> list[QueryKeyEncoding]:
         """What encodes queries and keys."""
         return self._all(QueryKeyEncoding)
 
-    @property
+    @cached_property
     def biases(self) -> list[ScoreBias]:
         """What is added to the scores."""
         return self._all(ScoreBias)
 
-    @property
+    @cached_property
     def maps(self) -> list[ScoreMap]:
         """What rewrites the scores: at most one."""
         return self._all(ScoreMap)
 
-    @property
+    @cached_property
     def sinks(self) -> list[Sink]:
         """What joins the softmax."""
         return self._all(Sink)
 
-    @property
+    @cached_property
     def merges(self) -> list[HeadMerge]:
         """What follows the softmax, the merge of several maps first."""
         return sorted(self._all(HeadMerge), key=lambda merge: -merge.maps)

@@ -1,6 +1,7 @@
 """`lookfar methods`: the catalogue, and a page for each method."""
 
 import inspect
+import textwrap
 from typing import Annotated
 
 import typer
@@ -52,6 +53,10 @@ def page(name: str) -> str:
             *settings,
             "",
             f"Parameters of its own: {entry.parameters}, in a layer of 12 heads of width 64.",
+            f"Decoding: {catalogue.decoding(name)}.",
+            f"Cost: {catalogue.cost(name)}.",
             f"Kernels that take it on a CPU: {entry.kernels}.",
+            "",
+            *textwrap.wrap(f"Known quirks: {thing.quirks}", 118),
         ]
     )

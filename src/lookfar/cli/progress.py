@@ -51,9 +51,10 @@ class _Live:
 
     def tell(self, event: dict[str, Any]) -> None:
         text, ends = self.clock.describe(event)
-        self.progress.update(self.task, completed=_part(event), text=text)
+        if event["event"] != "note":
+            self.progress.update(self.task, completed=_part(event), text=text)
         if ends or (event["event"] == "start" and event["update"]):
-            self.console.print(f"{self.title}{text}", highlight=False)
+            self.console.print(f"{self.title}{text}", highlight=False, markup=False)
 
     def close(self) -> None:
         self.progress.stop()

@@ -1,5 +1,7 @@
 """`lookfar train`: trains one run, or goes on with it, and evaluates it."""
 
+from typing import Annotated
+
 import typer
 
 from lookfar.cli.options import Folder, Overrides, Recipe, folder_of
@@ -12,7 +14,14 @@ def add(app: typer.Typer) -> None:
     )(train)
 
 
-def train(recipe: Recipe, folder: Folder = None, set_: Overrides = None) -> None:
+def train(
+    recipe: Recipe,
+    folder: Folder = None,
+    set_: Overrides = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace of a few updates, and show what costs most.")
+    ] = False,
+) -> None:
     """Train one run, then measure it. The same command goes on where it stopped."""
     from lookfar import config
     from lookfar.cli.progress import watching
@@ -24,7 +33,7 @@ def train(recipe: Recipe, folder: Folder = None, set_: Overrides = None) -> None
     run = config.read(recipe, set_ or ())
     try:
         with watching() as watch:
-            rows = run_whole(run, place, watch)
+            rows = run_whole(run, place, watch, profile=profile)
     except Interrupted as stop:
         typer.echo(f"{stop} The same command goes on from there.", err=True)
         raise typer.Exit(128 + stop.signal) from None

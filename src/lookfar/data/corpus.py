@@ -1,90 +1,137 @@
-"""Keeps the tokens of a text in files that are mapped into memory, built once for each text and tokenizer."""
+"""Opens what a run reads: the tokens of one text or of several that are mixed, prepared once, mapped into memory."""
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from jaxtyping import Int64
+from numpy import ndarray
 
 from lookfar import plugins
 from lookfar.config import DataConfig
-from lookfar.data.base import SPLITS, Document, Source, Split
+from lookfar.data.base import Source, Split
 from lookfar.data.cache import cache_folder, publish
-from lookfar.data.tokenizers import BytesTokenizer, Tokenizer, Tokens, load_tokenizer, train_bpe
+from lookfar.data.mixture import Ingredient, Mixture, ingredients, shares
+from lookfar.data.packing import Lines
+from lookfar.data.portions import pieces
+from lookfar.data.shards import Progress, Shards
+from lookfar.data.stream import Stream
+from lookfar.data.tokenizers import BytesTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lookfar.errors import UserError
-
-Progress = Callable[[str, float | None], None]  # what is being done, and the part of it that is done where it is known
-
-_MANIFEST = "manifest.json"
-_BATCH = 4 * 2**20  # characters that are tokenized at once
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The tokens of a text under a tokenizer: for each split one stream, its documents joined by the separator.
+class Text:
+    """The tokens of a text: for each split one stream, its documents joined by the separator.
 
     Attributes:
         name: the source, and what it read: `python_library`, `text_file:valid.txt`.
         fingerprint: 16 hex digits that stand for the text and the tokenizer.
-        tokenizer: what made the tokens.
-        folder: the files of tokens.
+        shards: where its tokens are.
     """
 
     name: str
     fingerprint: str
-    tokenizer: Tokenizer
-    folder: Path
+    shards: Shards
 
     @property
     def label(self) -> str:
-        """How rows name this corpus: `python_library@3f2a91c0`."""
+        """How rows name this text: `python_library@3f2a91c0`."""
         return f"{self.name}@{self.fingerprint[:8]}"
 
-    def tokens(self, split: Split) -> Tokens:
-        """The stream of a split, read-only and mapped into memory, in the narrowest unsigned type."""
-        return np.memmap(self.folder / f"{split}.tokens", self.tokenizer.dtype, mode="r")
 
-    def starts(self, split: Split) -> Int64[np.ndarray, "documents"]:
-        """Where each document of a split begins in its stream, ascending, the first at 0."""
-        return np.fromfile(self.folder / f"{split}.starts", np.int64)
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: one text, or several that lines are drawn from by weight.
+
+    Attributes:
+        texts: all under one tokenizer. Models are measured on the held-out splits of the first, whose label is theirs.
+        weights: of the texts, as they were given.
+        tokenizer: what made the tokens.
+        isolated: whether attention stops at the borders of documents.
+    """
+
+    texts: tuple[Text, ...]
+    weights: tuple[float, ...]
+    tokenizer: Tokenizer
+    isolated: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that stand for the texts, their weights and the tokenizer."""
+        if len(self.texts) == 1:
+            return self.texts[0].fingerprint
+        return _hash(
+            f"{share} {text.fingerprint}" for share, text in zip(shares(self.weights), self.texts, strict=True)
+        )
+
+    @property
+    def label(self) -> str:
+        """How rows name this corpus: `python_library@3f2a91c0`, `2 text_file:a.txt + 1 text_file:b.txt@7be1f0d3`."""
+        if len(self.texts) == 1:
+            return self.texts[0].label
+        mixed = " + ".join(f"{weight:g} {text.name}" for weight, text in zip(self.weights, self.texts, strict=True))
+        return f"{mixed}@{self.fingerprint[:8]}"
+
+    def tokens(self, split: Split) -> Stream:
+        """The stream of a split of the first text, mapped into memory, in the narrowest unsigned type."""
+        return self.texts[0].shards.stream(split)
+
+    def starts(self, split: Split) -> Int64[ndarray, "documents"]:
+        """Where each document begins in that stream, ascending, the first at 0."""
+        return self.tokens(split).starts()
+
+    def lines(self, *, context: int, seed: int) -> Lines | Mixture:
+        """The training lines, in an order that any update can be looked up in."""
+        each = [
+            Lines(text.shards.stream("train"), context=context, seed=seed, isolated=self.isolated)
+            for text in self.texts
+        ]
+        return each[0] if len(each) == 1 else Mixture(each, self.weights)
 
 
 def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None, progress: Progress | None = None) -> Corpus:
-    """The tokens of the configured text. They are built when the cache lacks them, else only mapped.
+    """The tokens of the configured text. What the cache lacks is prepared, the rest only mapped.
 
     Args:
-        config: the source, its path, the tokenizer and the cache folder.
+        config: the sources, the tokenizer and the cache folder.
         tokenizer: takes the place of the configured one, such as that of a trained model.
-        progress: told what is being done while something is built.
+        progress: told what is being done while something is prepared.
 
     Raises:
         UserError: text that is missing or cannot be read, a split of fewer than two tokens, a cache that cannot be
-            written.
+            written, sources or weights that cannot be.
     """
     tell = progress or (lambda what, part: None)
-    source = plugins.find("data", config.source)(path=config.path)
+    mixed = ingredients(config)
+    sources = [_source(each) for each in mixed]
+    prints = [each.fingerprint() for each in sources]
     cache = cache_folder(config.cache)
-    text = source.fingerprint()
-    tokenizer = tokenizer or _tokenizer(config, source, cache / f"{text}-bpe-{config.vocabulary}", tell)
-    folder = cache / f"{text}-{tokenizer.fingerprint}"
-    name = _name(config)
-    publish(folder, lambda empty: _build(empty, name, source, tokenizer, tell), _is_whole)
-    fingerprint = hashlib.sha256(folder.name.encode()).hexdigest()[:16]
-    return Corpus(name, fingerprint, tokenizer, folder)
+    tokenizer = tokenizer or _tokenizer(config, sources, prints, cache, tell)
+    texts = []
+    for each, source, text in zip(mixed, sources, prints, strict=True):
+        shards = Shards(cache / f"{text}-{tokenizer.fingerprint}", tokenizer)
+        shards.prepare(name := _name(each), source, tell)
+        texts.append(Text(name, _hash([shards.folder.name]), shards))
+    return Corpus(tuple(texts), tuple(each.weight for each in mixed), tokenizer, config.documents == "isolated")
 
 
-def _tokenizer(config: DataConfig, source: Source, folder: Path, tell: Progress) -> Tokenizer:
+def _source(ingredient: Ingredient) -> Source:
+    return plugins.find("data", ingredient.source)(path=ingredient.path)
+
+
+def _tokenizer(config: DataConfig, sources: list[Source], prints: list[str], cache: Path, tell: Progress) -> Tokenizer:
     if config.tokenizer == "bytes":
         return BytesTokenizer()
 
     def build(empty: Path) -> None:
         tell(f"training a tokenizer of {config.vocabulary:,} tokens", None)
-        train_bpe((document.text for document in source.documents("train")), config.vocabulary).save(empty)
+        documents = (document for source in sources for document in source.documents("train"))
+        train_bpe((text for text, _ in pieces(documents)), config.vocabulary).save(empty)
 
+    text = prints[0] if len(prints) == 1 else _hash(prints)
+    folder = cache / f"{text}-bpe-{config.vocabulary}"
     publish(folder, build, _has_tokenizer)
     return load_tokenizer(folder)
 
@@ -96,66 +143,12 @@ def _has_tokenizer(folder: Path) -> bool:
         return False
 
 
-def _name(config: DataConfig) -> str:
-    if config.path is None:
-        return config.source
-    path = Path(config.path).expanduser()
-    return f"{config.source}:{path.resolve().name if path.exists() else config.path}"
+def _name(ingredient: Ingredient) -> str:
+    if ingredient.path is None:
+        return ingredient.source
+    path = Path(ingredient.path).expanduser()
+    return f"{ingredient.source}:{path.resolve().name if path.exists() else ingredient.path}"
 
 
-def _build(folder: Path, name: str, source: Source, tokenizer: Tokenizer, tell: Progress) -> None:
-    sizes = {split: _write(folder, source, split, tokenizer, tell) for split in SPLITS}
-    for split, size in sizes.items():
-        if size["tokens"] < 2:
-            raise UserError(
-                f"The {split} split of {name} has {size['tokens']} tokens; it needs two at least: give more text."
-            )
-    manifest = {"name": name, "dtype": tokenizer.dtype.name, "splits": sizes}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _write(folder: Path, source: Source, split: Split, tokenizer: Tokenizer, tell: Progress) -> dict[str, int]:
-    starts: list[int] = []
-    written = 0
-    separator = np.array([tokenizer.separator], tokenizer.dtype)
-    with (folder / f"{split}.tokens").open("wb") as file:
-        for texts in _batches(source.documents(split)):
-            for tokens in tokenizer.encode_batch(texts):
-                if starts:
-                    file.write(separator.data)
-                    written += 1
-                starts.append(written)
-                file.write(tokens.data)
-                written += len(tokens)
-            tell(f"tokenizing {split}: {written:,} tokens", None)
-    (folder / f"{split}.starts").write_bytes(np.array(starts, np.int64).data)
-    return {"tokens": written, "documents": len(starts)}
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
-    """Texts in batches of a few megabytes; empty ones are left out."""
-    batch: list[str] = []
-    size = 0
-    for document in documents:
-        if document.text:
-            batch.append(document.text)
-            size += len(document.text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the files of a folder have the sizes that its manifest tells."""
-    try:
-        manifest: Any = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        width = np.dtype(manifest["dtype"]).itemsize
-        return all(
-            (folder / f"{split}.tokens").stat().st_size == manifest["splits"][split]["tokens"] * width
-            and (folder / f"{split}.starts").stat().st_size == manifest["splits"][split]["documents"] * 8
-            for split in SPLITS
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def _hash(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

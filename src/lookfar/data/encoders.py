@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import IO, cast
@@ -71,7 +72,7 @@ class Encoders:
             process.kill()
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
-            with process:  # closes its pipes and waits
+            with suppress(BrokenPipeError), process:  # closes its pipes and waits
                 pass
 
     def encode_all(self, portions: Iterator[Portion]) -> Iterator[Encoded]:

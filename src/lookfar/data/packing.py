@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from lookfar.data.stream import Stream
 from lookfar.errors import UserError
 
 _ROUNDS = 8
@@ -20,12 +21,15 @@ class Lines:
         tokens: the stream, `[t]`, of any integer type; it may be memory-mapped.
         context: L, in tokens.
         seed: decides the order.
+        isolated: whether lines tell the documents of their tokens; only a `Stream` knows them.
 
     Raises:
         UserError: the stream is shorter than one line.
     """
 
-    def __init__(self, tokens: Integer[np.ndarray, "t"], *, context: int, seed: int = 0) -> None:
+    def __init__(
+        self, tokens: Stream | Integer[np.ndarray, "t"], *, context: int, seed: int = 0, isolated: bool = False
+    ) -> None:
         if len(tokens) < context + 1:
             raise UserError(
                 f"The text has {len(tokens)} tokens, fewer than the {context + 1} of one training line; "
@@ -34,6 +38,7 @@ class Lines:
         self.tokens = tokens
         self.context = context
         self.seed = seed
+        self.isolated = isolated
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.context
@@ -46,8 +51,29 @@ class Lines:
 
     def batch(self, first: int, count: int) -> Int64[np.ndarray, "count l"]:
         """The lines number first to first + count in the order served, each of L + 1 tokens."""
-        starts = self.place(np.arange(first, first + count)) * self.context
-        return self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64)
+        return self.at(np.arange(first, first + count))
+
+    def documents(self, first: int, count: int) -> Int64[np.ndarray, "count l"] | None:
+        """The document of each token of those lines, numbered from 0 in each line; None where they are joined.
+
+        A separator belongs to the document that it ends.
+        """
+        return self.documents_at(np.arange(first, first + count))
+
+    def at(self, served: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n l"]:
+        """The lines that are served when that many were served before."""
+        return self.tokens[self._places(served)].astype(np.int64)
+
+    def documents_at(self, served: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n l"] | None:
+        """The documents of those lines."""
+        if not self.isolated:
+            return None
+        assert isinstance(self.tokens, Stream)
+        found = self.tokens.documents(self._places(served))
+        return found - found[:, :1]
+
+    def _places(self, served: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n l"]:
+        return self.place(served)[:, None] * self.context + np.arange(self.context + 1)
 
 
 def _permute(places: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:

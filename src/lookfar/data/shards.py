@@ -65,8 +65,9 @@ class Shards:
         """Whether every shard of a finished preparation is there, with its size, and its hash where it was touched."""
         try:
             manifest = _read(self.folder / _MANIFEST)
-            counts = [(split, range(manifest["splits"][split]["shards"])) for split in SPLITS]
-            return all(self._whole(split, number) is not None for split, numbers in counts for number in numbers)
+            return all(
+                self._whole(split, number) for split in SPLITS for number in range(manifest["splits"][split]["shards"])
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -141,7 +142,7 @@ class Shards:
         try:
             with aside.open("wb") as opened:
 
-                def put(content: np.ndarray | bytes) -> None:
+                def put(content: bytes | memoryview) -> None:
                     hashed.update(content)
                     opened.write(content)
 

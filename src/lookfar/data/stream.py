@@ -61,7 +61,7 @@ class Stream:
 
     def _shared(self, places: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """For each part that is asked: its number, which places lie in it, and where."""
-        if places.size and not (0 <= places.min() and places.max() < len(self)):
+        if places.size and (places.min() < 0 or places.max() >= len(self)):
             raise IndexError(f"Places {places.min()} to {places.max()} are not all among {len(self)} tokens.")
         owner = np.searchsorted(self._offsets, places, side="right") - 1
         shares = []

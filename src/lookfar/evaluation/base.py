@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lookfar.data.stream import Stream
 from lookfar.evaluation.protocols import Protocol
 from lookfar.model.decoder import Decoder
 
@@ -18,7 +19,7 @@ Progress = Callable[[str, float], None]  # what is being done, and the part of i
 class Text:
     """A held-out stream of tokens."""
 
-    tokens: np.ndarray  # of any integer type, one axis
+    tokens: np.ndarray | Stream  # of any integer type, one axis
     lengths: np.ndarray  # bytes of each token of the vocabulary
     label: str  # name and fingerprint, for the rows
     unit: str = "token"  # what a perplexity counts: byte or token

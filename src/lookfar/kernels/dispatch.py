@@ -12,9 +12,10 @@ from lookfar.errors import UserError
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-LONG = ("sdpa", "square", "slots", "chunked", "reference")
-SHORT = ("square", "sdpa", "slots", "chunked", "reference")
-SLOTS = ("slots", "sdpa", "square", "chunked", "reference")
+LONG = ("sdpa", "square", "row", "slots", "chunked", "reference")
+SHORT = ("square", "sdpa", "row", "slots", "chunked", "reference")
+SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference")
+SLOTS = ("slots", "sdpa", "square", "row", "chunked", "reference")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 
@@ -52,6 +53,8 @@ def preference(call: Call) -> tuple[str, ...]:
     """Kernels in the order in which they are asked."""
     if call.slots:
         return SLOTS
+    if call.queries == 1 and call.device == "cpu":
+        return SINGLE
     short = call.device == "cpu" and call.keys < SHORTEST_FLASH and call.queries > 1
     return SHORT if short and (call.dtype == torch.bfloat16 or call.keys <= SHORTEST_FLASH // 4) else LONG
 

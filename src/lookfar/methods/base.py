@@ -88,6 +88,7 @@ class Method(nn.Module, ABC):
     shared: ClassVar[bool] = False  # built once and used by all layers
     paper: ClassVar[str] = ""  # authors, year and arXiv number
     adds: ClassVar[str] = ""  # a few words: what it adds to plain attention
+    quirks: ClassVar[str] = ""  # what surprises its users: where public code disagrees, where it fails
     bounded: ClassVar[bool] = False  # cannot number positions beyond the site's
     fractional: ClassVar[bool] = True  # takes positions between whole numbers
     once: bool = True  # encodes a key once, whatever comes after it

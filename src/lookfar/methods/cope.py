@@ -22,6 +22,10 @@ class Cope(ScoreMap):
 
     paper = "Golovneva et al., 2024, arXiv 2405.18719"
     adds = "embeddings of positions that the content counts"
+    quirks = (
+        "With keys ahead in sight the gates of all keys seen are summed, which the paper does not define. Some public "
+        "code sums the gates of padding, too."
+    )
 
     def __init__(self, site: Site, *, positions: Count = 64) -> None:
         super().__init__(site)

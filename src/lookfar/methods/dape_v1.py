@@ -23,6 +23,10 @@ class DapeV1(ScoreMap):
 
     paper = "Zheng et al., 2024, arXiv 2405.14722"
     adds = "a net over the score maps of all heads"
+    quirks = (
+        "Over `differential` it mixes the scores of both maps, which no paper defines. Public code computes distances "
+        "in the type of the activations, where integers above 256 are not exact in bfloat16."
+    )
 
     def __init__(self, site: Site, *, hidden: Count = 32, equation: Literal[2, 3] = 3) -> None:
         super().__init__(site)

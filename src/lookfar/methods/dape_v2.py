@@ -27,6 +27,10 @@ class DapeV2(ScoreMap):
 
     paper = "Zheng et al., 2024, arXiv 2410.04798"
     adds = "convolutions over the score maps of all heads"
+    quirks = (
+        "The published layer is not consistent: in a longer batch the last rows change, and its variants over nope "
+        "and rope do not run. Over `differential` it mixes both maps, which no paper defines."
+    )
 
     def __init__(
         self, site: Site, *, kernel: Count = 3, hidden: Count = 32, repair: Literal["hidden", "paper"] = "hidden"

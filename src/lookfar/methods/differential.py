@@ -26,6 +26,10 @@ class Differential(HeadMerge):
 
     paper = "Ye et al., 2024, arXiv 2410.05258"
     adds = "the difference of two softmax maps per head"
+    quirks = (
+        "In the authors' explicit file grouped key heads are paired wrongly; theirs and ours are the flash form. "
+        "transformers' DiffLlama pairs head i with i + heads/2 and has no weight in the norm."
+    )
     maps = 2
 
     def __init__(self, site: Site, *, share_bias: bool = False) -> None:

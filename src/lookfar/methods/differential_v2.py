@@ -20,6 +20,9 @@ class DifferentialV2(HeadMerge):
 
     paper = "Ye et al., 2026, code beside arXiv 2410.05258"
     adds = "twice the queries, and a weighed difference of two maps"
+    quirks = (
+        "Twice the queries: attention costs twice the products, while the cache stays that of the plain transformer."
+    )
     maps = 2
     needs_inputs = True
 

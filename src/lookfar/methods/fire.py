@@ -21,6 +21,10 @@ class Fire(ScoreBias):
 
     paper = "Li et al., 2023, arXiv 2310.04418"
     adds = "a learned function of the relative distance"
+    quirks = (
+        "Beyond the threshold a bias depends on the query's own position, so left padding must not be counted; here "
+        "positions never count it. Under last-256-token protocols plain FIRE degrades with length."
+    )
 
     def __init__(self, site: Site, *, hidden: Count = 32, threshold: Positive | None = None) -> None:
         super().__init__(site)

@@ -19,6 +19,7 @@ class Gate(HeadMerge):
 
     paper = "Qiu et al., 2025, arXiv 2505.06708"
     adds = "a sigmoid gate on what each head gives"
+    quirks = "Without any position method it knows no more of order than nope."
     needs_inputs = True
 
     def __init__(self, site: Site, *, per: Literal["feature", "head"] = "feature") -> None:

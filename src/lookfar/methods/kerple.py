@@ -26,6 +26,10 @@ class Kerple(DistanceBias):
 
     paper = "Chi et al., 2022, arXiv 2205.09921"
     adds = "a learned bias logarithmic in distance"
+    quirks = (
+        "The power form at distance 0 has a gradient of log 0 in naive code; here it is 0. Public code clamps "
+        "parameters outside of autograd."
+    )
 
     def __init__(self, site: Site, *, kernel: Literal["log", "power"] = "log") -> None:
         super().__init__(site)

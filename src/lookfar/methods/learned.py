@@ -22,6 +22,7 @@ class Learned(InputEncoding):
 
     paper = "Gehring et al., 2017, arXiv 1705.03122"
     adds = "a learned vector per position to the embeddings"
+    quirks = "A position beyond the table is an error here, where some libraries read another row or repeat the last."
     fractional = False
     bounded = True
 

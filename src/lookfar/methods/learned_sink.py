@@ -19,6 +19,7 @@ class LearnedSink(Sink):
 
     paper = "Xiao et al., 2023, arXiv 2309.17453"
     adds = "a score per head that swallows attention"
+    quirks = "A sink shrinks what a head gives in short contexts most; it adds no position."
 
     def __init__(self, site: Site, *, value: float = 0.0, learned: bool = True) -> None:
         super().__init__(site)

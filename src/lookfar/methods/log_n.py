@@ -21,6 +21,7 @@ class LogN(QueryKeyEncoding):
 
     paper = "Chiang and Cholak, 2022, arXiv 2202.12172; Nakanishi, 2025, arXiv 2501.19399"
     adds = "scores that grow with the logarithm of the position"
+    quirks = "The fixed form needs the trained length as its base: another context gives another model."
 
     def __init__(self, site: Site, *, learned: bool = False, clip: bool = False) -> None:
         super().__init__(site)

@@ -1,7 +1,7 @@
 """RoPE: turns queries and keys by angles that grow with position, so that scores know the distance."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -14,6 +14,23 @@ from lookfar.sight import Sight
 
 Part = Annotated[float, Gt(0), Le(1)]
 Scaling = Literal["none", "pi", "ntk", "dynamic", "yarn", "llama3"]
+
+
+class _Last:
+    """The angles that were asked for last. A copy of a model begins without."""
+
+    def __init__(self, positions: Tensor | None = None, asked: Any = None, waves: Any = None) -> None:
+        self._positions, self._asked, self._waves = positions, asked, waves
+
+    def find(self, positions: Num[Tensor, "#b t"], asked: Any) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine, if these are the same positions in the same type."""
+        known = self._positions
+        if known is None or asked != self._asked or known.dtype != positions.dtype:
+            return None
+        return self._waves if torch.equal(known, positions) else None
+
+    def __reduce__(self) -> tuple[type["_Last"], tuple[()]]:
+        return _Last, ()
 
 
 class Rope(QueryKeyEncoding):
@@ -43,6 +60,12 @@ class Rope(QueryKeyEncoding):
 
     paper = "Su et al., 2021, arXiv 2104.09864"
     adds = "a rotation of queries and keys"
+    quirks = (
+        "Two layouts exist and checkpoints do not say which; Llama in transformers has halves, GPT-J and the paper "
+        "neighbours. A scaling that follows the current length cannot be cached. In half precision angles must be "
+        "computed in float32, as here."
+    )
+    shared = True
     rotation = True
 
     def __init__(
@@ -80,6 +103,7 @@ class Rope(QueryKeyEncoding):
         self.frequencies = frequencies.tolist()  # not a buffer: no cast may touch them, nor a model without data
         self.once = scaling != "dynamic"
         self.factor, self.original = factor, length  # of the dynamic form
+        self.last = _Last()
         self.growth = 0.1 * math.log(factor) + 1 if scaling == "yarn" else 1.0
 
     def queries(self, queries: Float[Tensor, "b h t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b h t e"]:
@@ -89,10 +113,7 @@ class Rope(QueryKeyEncoding):
         return self._turn(keys, positions)
 
     def _turn(self, x: Float[Tensor, "b c t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b c t e"]:
-        places = wide(positions, x)[:, None, :, None]  # b 1 t 1
-        frequencies = torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
-        angles = places * (frequencies if self.once else self._stretched(frequencies, places))
-        cos, sin = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
+        cos, sin = self._waves(positions, x)
         turned, still = x[..., : self.width], x[..., self.width :]
         if self.layout == "halves":
             first, second = turned.chunk(2, dim=-1)
@@ -100,6 +121,22 @@ class Rope(QueryKeyEncoding):
         first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
         return torch.cat([turned, still], dim=-1)
+
+    def _waves(
+        self, positions: Num[Tensor, "#b t"], x: Float[Tensor, "b c t e"]
+    ) -> tuple[Float[Tensor, "#b 1 t f"], Float[Tensor, "#b 1 t f"]]:
+        """Cosine and sine of all angles. Queries, keys and all layers ask for the same, so the last are kept."""
+        asked = x.dtype, x.device, torch.is_inference_mode_enabled()
+        keeps = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a comparison has to wait
+        if keeps and (waves := self.last.find(positions, asked)) is not None:
+            return waves
+        places = wide(positions, x)[:, None, :, None]  # b 1 t 1
+        frequencies = torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
+        angles = places * (frequencies if self.once else self._stretched(frequencies, places))
+        waves = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
+        if keeps:
+            self.last = _Last(positions.clone(), asked, waves)
+        return waves
 
     def refusal(self, sight: Sight) -> str | None:
         if self.once:

@@ -22,6 +22,7 @@ class Sinusoidal(InputEncoding):
 
     paper = "Vaswani et al., 2017, arXiv 1706.03762"
     adds = "sines and cosines of the position to the embeddings"
+    quirks = "Libraries differ in order (halves or interleaved) and in scale; both are settings."
 
     def __init__(
         self,

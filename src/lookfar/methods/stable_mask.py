@@ -28,6 +28,11 @@ class StableMask(Sink):
 
     paper = "Yin et al., 2024, arXiv 2402.04779"
     adds = "pseudo scores of the masked columns to the softmax"
+    quirks = (
+        "The published training form depends on the length of the batch, and the published code at its last state "
+        "trains only with the logarithmic scale that is `log_n` here. With keys ahead in sight the sink still counts "
+        "the columns after the query."
+    )
 
     def __init__(
         self,

@@ -27,6 +27,10 @@ class T5(DistanceBias):
 
     paper = "Raffel et al., 2020, arXiv 1910.10683"
     adds = "a learned bias by bucket of distance"
+    quirks = (
+        "T5 itself does not scale scores (`scale=original`), GPT-NeoX multiplies the table (`scale=multiplied`): a "
+        "checkpoint needs its own convention. Positions must be whole numbers."
+    )
     fractional = False
     shared = True
 

@@ -21,6 +21,10 @@ class TransformerXl(ScoreMap):
 
     paper = "Dai et al., 2019, arXiv 1901.02860"
     adds = "products with sinusoids of the distance"
+    quirks = (
+        "Public code computes the sinusoids in the type of the activations, where distances above 256 collapse in "
+        "bfloat16."
+    )
 
     def __init__(self, site: Site, *, base: Positive = 10000.0) -> None:
         super().__init__(site)

@@ -144,8 +144,7 @@ class Decoder(nn.Module):
 
     def logits(self, states: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocabulary"]:
         """Logits from states, soft-capped where the configuration says so."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(states, weight)
+        logits = F.linear(states, self.embedding.weight) if self.head is None else self.head(states)
         cap = self.config.logit_soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

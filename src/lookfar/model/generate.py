@@ -11,7 +11,9 @@ from torch import Tensor
 from lookfar.errors import UserError
 from lookfar.model.cache import Cache
 from lookfar.model.decoder import Decoder
+from lookfar.model.packed import pack
 
+FEW = 8  # tokens for which weights are not laid out anew
 PADDING = -1  # the document of a token that no one sees
 
 
@@ -112,6 +114,8 @@ def stream(
     count = 0
     while True:
         states = _ahead(model, given, documents, cache, block)
+        if count == 0 and cache is not None and tokens > FEW:
+            model = pack(model, len(prompts) * (block or 1))  # after the prompt, which is many rows
         accepted = []
         for state in states.unbind(1)[: tokens - count]:
             chosen = sampling.choose(model.logits(state), seen, generators)

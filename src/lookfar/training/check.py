@@ -7,12 +7,13 @@ from torch import Tensor
 from lookfar import plugins
 from lookfar.attention.scheme import build_scheme, parse
 from lookfar.config import Run
+from lookfar.data.mixture import ingredients
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
 from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
-from lookfar.training import objectives, schedules
+from lookfar.training import objectives, schedules, tracking
 
 
 def check(run: Run) -> None:
@@ -21,6 +22,7 @@ def check(run: Run) -> None:
         for length in run.lengths:
             protocols.find(protocol).windows(1, length)
     schedules.check(run.training)
+    tracking.check(run.training.tracking)
     model = run.model
     numbers = _numbers(run)
     objectives.find(run.training.objective, model)
@@ -46,7 +48,7 @@ def check(run: Run) -> None:
     if len(named) > 1:
         raise UserError(f"Embeddings are encoded once: {named[0]!r} and {named[1]!r} cannot be in one pattern.")
     device_of(model.device)
-    plugins.find("data", run.data.source)
+    ingredients(run.data)
 
 
 def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from lookfar import plugins
 from lookfar.config import DataConfig
 from lookfar.data.base import Split
 from lookfar.data.corpus import open_corpus
@@ -44,7 +45,8 @@ def evaluate_run(
     evaluation = type(run.evaluation)(**{**run.evaluation.model_dump(), **given})
     model = run.model if scheme is None else run.model.model_copy(update={"scheme": scheme})
     run = run.model_copy(update={"evaluation": evaluation, "model": model})
-    if "." in run.data.source and data is None and not trust:
+    foreign = any("." in term.name for term in plugins.parse(run.data.source))
+    if foreign and data is None and not trust:
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
     decoder = load(folder, scheme=scheme, trust=trust)
     check(run)

@@ -28,6 +28,8 @@ FREE = (  # what may change when a run goes on
     "training.checkpoint_every",
     "training.keep",
     "training.evaluate_every",
+    "training.tracking",
+    "training.on_out_of_memory",
 )
 
 

@@ -67,8 +67,8 @@ def about(run: Run, folder: Path) -> Row:
 
 
 def text_of(corpus: Corpus, split: Split) -> Text:
-    """A split of a corpus as a stream to measure on."""
-    return as_text(corpus.tokens(split), corpus.tokenizer, corpus.label)
+    """A split of the first text of a corpus as a stream to measure on."""
+    return as_text(corpus.tokens(split), corpus.tokenizer, corpus.texts[0].label)
 
 
 def as_text(tokens: Any, tokenizer: Tokenizer, label: str) -> Text:

@@ -1,6 +1,7 @@
 """What a model is trained to do, by name: `next_token`, `slots(anchors=16)`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -15,15 +16,20 @@ from lookfar.errors import UserError, nearest
 from lookfar.model.decoder import Decoder
 
 Positions = Num[Tensor, "#b t"]
-Objective = Callable[[Decoder, Int[Tensor, "b l"], Positions | None, Float[Tensor, "b t"]], Float[Tensor, ""]]
+Documents = Int[Tensor, "b l"]  # of each token of a line: none is predicted from another document
+Objective = Callable[..., Float[Tensor, ""]]  # of a decoder, lines, positions, chances and, where isolated, documents
 
 
 def next_token(
-    model: Decoder, lines: Int[Tensor, "b l"], positions: Positions | None, chance: Float[Tensor, "b t"]
+    model: Decoder,
+    lines: Int[Tensor, "b l"],
+    positions: Positions | None,
+    chance: Float[Tensor, "b t"],
+    documents: Documents | None = None,
 ) -> Float[Tensor, ""]:
     """Every token but the first of a line, from those before it."""
-    logits = model(lines[:, :-1], positions=positions)
-    return F.cross_entropy(logits.flatten(0, 1).float(), lines[:, 1:].flatten())
+    logits = model(lines[:, :-1], positions=positions, documents=None if documents is None else documents[:, :-1])
+    return _loss(logits, lines, documents)
 
 
 def slots(
@@ -31,6 +37,7 @@ def slots(
     lines: Int[Tensor, "b l"],
     positions: Positions | None,
     chance: Float[Tensor, "b t"],
+    documents: Documents | None = None,
     *,
     anchors: Count = 16,
     decay: Annotated[float, Gt(0), Le(1)] = 1.0,
@@ -44,17 +51,20 @@ def slots(
     """
     context = lines.shape[1] - 1
     ends = 1 + chance.topk(min(anchors, context), dim=1).indices.sort(dim=1).values  # b a
-    text, states = model.slot_states(lines[:, :-1], ends=ends, positions=positions)
+    inputs = None if documents is None else documents[:, :-1]
+    text, states = model.slot_states(lines[:, :-1], ends=ends, positions=positions, documents=inputs)
     places = ends[:, :, None] + torch.arange(states.shape[2], device=ends.device)  # b a s: the token that is asked for
-    known = places <= context
-    targets = lines.gather(1, places.clamp(max=context).flatten(1))
+    known, asked = places <= context, places.clamp(max=context).flatten(1)
+    if documents is not None:
+        known &= documents.gather(1, asked).view_as(places) == documents.gather(1, ends - 1)[:, :, None]
+    targets = lines.gather(1, asked)
     losses = F.cross_entropy(model.logits(states).flatten(0, 2).float(), targets.flatten(), reduction="none")
     weights = decay ** torch.arange(states.shape[2], device=ends.device) * known  # b a s
     losses = losses.view_as(weights) * weights
-    loss = (losses.sum((1, 2)) / weights.sum((1, 2))).mean()
+    loss = (losses.sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-9)).mean()
     if next_token == 0:
         return loss
-    return loss + next_token * F.cross_entropy(model.logits(text).flatten(0, 1).float(), lines[:, 1:].flatten())
+    return loss + next_token * _loss(model.logits(text), lines, documents)
 
 
 OBJECTIVES: dict[str, Callable[..., Float[Tensor, ""]]] = {each.__name__: each for each in (next_token, slots)}
@@ -72,4 +82,13 @@ def find(expression: str, model: ModelConfig) -> Objective:
         raise UserError(
             f"model.slots={model.slots} would never be trained: set training.objective='slots', or leave slots out."
         )
-    return lambda decoder, lines, positions, chance: objective(decoder, lines, positions, chance, **checked)
+    return partial(objective, **checked)
+
+
+def _loss(logits: Float[Tensor, "b t v"], lines: Int[Tensor, "b l"], documents: Documents | None) -> Float[Tensor, ""]:
+    """The mean over lines of the mean over the tokens of each that continue their document; over all without any."""
+    if documents is None:
+        return F.cross_entropy(logits.flatten(0, 1).float(), lines[:, 1:].flatten())
+    targets = lines[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
+    return (losses.sum(1) / (targets >= 0).sum(1).clamp(min=1)).mean()

@@ -7,13 +7,14 @@ from lookfar.config import Run
 from lookfar.data.corpus import open_corpus
 from lookfar.evaluation.base import Row
 from lookfar.training import folder as run_folder
+from lookfar.training.log import Watch
 from lookfar.training.measure import measure, text_of
-from lookfar.training.train import Watch, train
+from lookfar.training.train import train
 
 
-def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None) -> list[Row]:
+def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> list[Row]:
     """Train and measure; what is done already is not done again. The answer is all rows of the folder."""
-    model = train(run, folder, watch)
+    model = train(run, folder, watch, profile=profile)
     corpus = open_corpus(run.data)
     measure(
         model,

@@ -121,7 +121,7 @@ def wsd_s(
         _check_cycle(start, end, rewarm if start else warmup(config), decay, mode)
     start, end = _cycle(update, budgets)
     if start and update - start < rewarm and update < end:
-        return min(1.0, config.floor + (1 - config.floor) * (update - start + 1) / rewarm)
+        return 1 - (1 - config.floor) * (1 - (update - start + 1) / rewarm)  # exactly the peak at its end
     falling = _falling(decay, end if mode == "cumulative" else end - start)
     return _fallen(shape, _part(update, end - falling, end), config.floor)
 

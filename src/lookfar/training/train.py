@@ -1,18 +1,20 @@
 """The training loop."""
 
-import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lookfar.batch import consecutive
 from lookfar.config import Run
 from lookfar.data.corpus import Corpus, open_corpus
+from lookfar.data.mixture import Mixture
 from lookfar.data.packing import Lines
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
@@ -21,13 +23,15 @@ from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
 from lookfar.training import checkpoint, objectives, optimizers
 from lookfar.training import folder as run_folder
+from lookfar.training import log as run_log
 from lookfar.training.check import check
+from lookfar.training.log import Watch
 from lookfar.training.measure import about, text_of
+from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
+from lookfar.training.profiling import profiled
 from lookfar.training.schedules import rate
-
-Watch = Callable[[dict[str, Any]], None]  # told what happens, as flat events
 
 
 class Interrupted(Exception):
@@ -38,8 +42,10 @@ class Interrupted(Exception):
         self.update, self.signal = update, number
 
 
-def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
+def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> Decoder:
     """Train a run to its end, from its last checkpoint where there is one; the answer is the trained model.
+
+    With `profile` the trace of a few updates is written into the folder.
 
     Raises:
         UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite.
@@ -49,23 +55,24 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
     corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
     run = with_vocabulary(run, corpus)
     config = run.training
-    lines = Lines(corpus.tokens("train"), context=run.model.context, seed=config.seed)
+    lines = corpus.lines(context=run.model.context, seed=config.seed)
     with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
         run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
         corpus.tokenizer.save(folder)
         torch.manual_seed(config.seed)
         model = Decoder(run.model).train()
         optimizer = optimizers.build(model, config)
-        first, seconds = _resume(folder, model, optimizer)
+        pieces = Pieces(model, run)
+        first, seconds = _resume(folder, model, optimizer, pieces)
         if first < config.updates:
             run_folder.forget_rows(folder)  # they were measured before what is trained now
         watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
         started = time.monotonic() - seconds
-        with (folder / run_folder.LOG).open("a", encoding="utf-8") as log:
+        with run_log.opened(folder, run, watch) as log, profiled(folder, profile, log.tell) as step_of_profile:
             for update in range(first, config.updates):
                 for group in optimizer.param_groups:
                     group["lr"] = config.rate * rate(update, config)
-                loss = _accumulate(model, lines, update, run)
+                loss = pieces.compute(update, partial(_accumulate, model, lines, update, run), log.note)
                 norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise UserError(_not_finite(folder, update, loss, norm, config.batch))
@@ -80,12 +87,12 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
                     "tokens": done * config.batch * run.model.context,
                     "seconds": round(seconds, 3),
                 }
-                _write(log, line)
+                log.write(line)
                 watch({"event": "update", "updates": config.updates, **line})
                 better = None
                 if config.evaluate_every and done % config.evaluate_every == 0:
                     held_out = _held_out(model, corpus, run)
-                    _write(log, {"update": done, "valid_loss": held_out})
+                    log.write({"update": done, "valid_loss": held_out})
                     better = (
                         held_out if held_out < checkpoint.read_manifest(folder).get("best_loss", math.inf) else None
                     )
@@ -95,14 +102,15 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None) -> Decoder:
                     or (config.checkpoint_every and done % config.checkpoint_every == 0)
                 )
                 if due or asked:
-                    _save(folder, done, model, optimizer, seconds)
+                    _save(folder, done, model, optimizer, pieces, seconds)
                     if better is not None:
                         checkpoint.note_best(folder, done, better)
                     checkpoint.thin(folder, config.keep, config.checkpoint_every)
+                step_of_profile()
                 if asked and done < config.updates:
                     raise Interrupted(done, asked[0])
         if config.updates == 0:
-            _save(folder, 0, model, optimizer, seconds)
+            _save(folder, 0, model, optimizer, pieces, seconds)
         checkpoint.finish(folder, config.updates)
         run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
         return model.eval()
@@ -121,29 +129,33 @@ def count_parameters(model: Decoder) -> int:
     return sum(each.numel() for each in model.parameters())
 
 
-def _accumulate(model: Decoder, lines: Lines, update: int, run: Run) -> float:
+def _accumulate(model: Decoder, lines: Lines | Mixture, update: int, run: Run, accumulation: int) -> float:
     """The gradients and the mean loss of one batch, a piece at a time."""
     config, device, total = run.training, model.embedding.weight.device, 0.0
-    size = config.batch // config.accumulation
+    size = config.batch // accumulation
     random = torch.Generator().manual_seed((config.seed * 1_000_003 + update) % 2**63)  # of the place: none is saved
     numbers = numbering.find(config.numbering, run.model.context)(config.batch, run.model.context, random)
     chances = torch.rand(config.batch, run.model.context, generator=random)
     objective = objectives.find(config.objective, run.model)
-    for piece in range(config.accumulation):
+    for piece in range(accumulation):
         first = update * config.batch + piece * size
         several = numbers is not None and len(numbers) > 1
         positions = numbers[piece * size : (piece + 1) * size] if several and numbers is not None else numbers
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
+        found = lines.documents(first, size)
+        documents = None if found is None else torch.from_numpy(found).to(device)
+        if positions is not None and documents is not None:  # each begins with the first numbers of the line
+            positions = positions.expand(size, -1).gather(1, consecutive(documents[:, :-1]))
         chance = chances[piece * size : (piece + 1) * size].to(device)
         with autocast(config.precision, run.model.dtype, device):
-            loss = objective(model, tokens, positions, chance) / config.accumulation
+            loss = objective(model, tokens, positions, chance, documents) / accumulation
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _resume(folder: Path, model: Decoder, optimizer: Optimizer) -> tuple[int, float]:
+def _resume(folder: Path, model: Decoder, optimizer: Optimizer, pieces: Pieces) -> tuple[int, float]:
     """Go on from the newest whole checkpoint: updates done, and seconds spent on them."""
     checkpoint.sweep(folder)
     update = checkpoint.newest(folder)
@@ -153,15 +165,17 @@ def _resume(folder: Path, model: Decoder, optimizer: Optimizer) -> tuple[int, fl
         return 0, 0.0
     state = checkpoint.restore(folder, update, model)
     optimizer.load_state_dict(state["optimizer"])
+    pieces.accumulation = state.get("accumulation", pieces.accumulation)
     torch.set_rng_state(state["random"])
     if torch.cuda.is_available() and state["random_cuda"] is not None:
         torch.cuda.set_rng_state(state["random_cuda"])
     return update, float(state["seconds"])
 
 
-def _save(folder: Path, update: int, model: Decoder, optimizer: Optimizer, seconds: float) -> None:
+def _save(folder: Path, update: int, model: Decoder, optimizer: Optimizer, pieces: Pieces, seconds: float) -> None:
     state = {
         "optimizer": optimizer.state_dict(),
+        "accumulation": pieces.accumulation,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "seconds": seconds,
@@ -214,11 +228,6 @@ def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, secon
     }
     row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
     return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
-
-
-def _write(log: Any, line: dict[str, Any]) -> None:
-    log.write(json.dumps(line) + "\n")
-    log.flush()
 
 
 def _not_finite(folder: Path, update: int, loss: float, norm: float, batch: int) -> str:

@@ -1,0 +1,69 @@
+"""What to do where memory does not hold a piece of a batch: stop with advice, or go on in smaller pieces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lookfar.config import Run
+from lookfar.errors import UserError
+
+TEXTS = ("DefaultCPUAllocator", "out of memory", "ALLOC_FAILED")  # of a CPU, of MPS, of cuBLAS and cuDNN
+
+
+class Pieces:
+    """How many pieces a batch is computed in, `accumulation`: more where one of them was too large.
+
+    An update that ran out of memory is done again from its start, gradients and random generators included, so that
+    it ends as if it had been computed in the smaller pieces at once.
+    """
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self.run, self.accumulation = model, run, run.training.accumulation
+
+    def compute(self, update: int, gradients: Callable[[int], float], note: Callable[[dict[str, Any]], None]) -> float:
+        """The loss of an update from `gradients(accumulation)`, which adds them up; `note` is told of smaller pieces.
+
+        Raises:
+            UserError: memory does not hold a piece, and training.on_out_of_memory is "stop" or the piece is one line.
+        """
+        while True:
+            random = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+            try:
+                return gradients(self.accumulation)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_of_memory(error):
+                    raise
+                more = self._more()
+                if more is None or self.run.training.on_out_of_memory == "stop":
+                    raise UserError(self._advice(update, more)) from error
+            # outside of the handler, so that nothing of the failed piece is held
+            self.model.zero_grad()
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1])
+                torch.cuda.empty_cache()
+            self.accumulation = more
+            told = f"Update {update + 1} ran out of memory; from it on a batch is computed in {more} pieces."
+            note({"update": update + 1, "accumulation": more, "note": told})
+
+    def _more(self) -> int | None:
+        """Twice as many pieces, or the next count that divides the batch; None: a piece is one line already."""
+        batch, least = self.run.training.batch, 2 * self.accumulation
+        return next((count for count in range(least, batch + 1) if batch % count == 0), None)
+
+    def _advice(self, update: int, more: int | None) -> str:
+        lines, context = self.run.training.batch // self.accumulation, self.run.model.context
+        ran = f"Update {update + 1} ran out of memory at {lines} × {context} tokens at once"
+        if more is None:
+            return f"{ran}, which is one line; take a shorter model.context, or a smaller model."
+        return (
+            f"{ran}; set training.on_out_of_memory='halve' and the same command goes on in smaller pieces, "
+            f"or begin anew with training.accumulation={more}. Both give the same result."
+        )
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Not every allocator has an error of its own; some have a text only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in str(error) for each in TEXTS)
