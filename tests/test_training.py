@@ -284,6 +284,9 @@ CHANGES = {
     "numbering": "randomized(largest=32)",
 }
 SEEN_ELSEWHERE = {
+    "branch",
+    "reset_optimizer",
+    "weights",
     "objective",
     "accumulation",
     "checkpoint_every",

@@ -119,6 +119,9 @@ class TrainingConfig(_Settings):
     checkpoint_every: Count | None = None  # None: at the end, and when interrupted
     keep: Count = 1  # checkpoints besides the best
     evaluate_every: Count | None = None  # held-out loss during training
+    branch: str | None = None  # RUN@UPDATE: go on from a checkpoint of another run (--from)
+    reset_optimizer: bool = False  # of a branch: forget the optimizer's state
+    weights: str | None = None  # RUN or RUN@UPDATE: start with its weights alone (--weights)
     tracking: Literal["wandb", "tensorboard", "trackio"] | None = None  # where the log goes besides log.jsonl
 
     @model_validator(mode="after")
@@ -127,6 +130,10 @@ class TrainingConfig(_Settings):
             raise ValueError(f"accumulation ({self.accumulation}) must divide batch ({self.batch})")
         if self.warmup is not None and self.warmup > self.updates:
             raise ValueError(f"warmup ({self.warmup}) must not exceed updates ({self.updates})")
+        if self.branch is not None and self.weights is not None:
+            raise ValueError("branch and weights are two ways to start; give one of them")
+        if self.reset_optimizer and self.branch is None:
+            raise ValueError("reset_optimizer is of a branch; give branch='RUN@UPDATE'")
         return self
 
 

@@ -1,5 +1,6 @@
 """`lookfar train`: trains one run, or goes on with it, and evaluates it."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -18,6 +19,13 @@ def train(
     recipe: Recipe,
     folder: Folder = None,
     set_: Overrides = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Go on from a checkpoint of another run.", metavar="RUN@UPDATE")
+    ] = None,
+    reset_optimizer: Annotated[bool, typer.Option("--reset-optimizer", help="Of --from: forget its state.")] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Start with the weights of another run alone.", metavar="RUN[@UPDATE]")
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a trace of a few updates, and show what costs most.")
     ] = False,
@@ -30,7 +38,13 @@ def train(
     from lookfar.training.train import Interrupted
 
     place = folder_of(recipe, folder)
-    run = config.read(recipe, set_ or ())
+    begins = {"branch": from_, "reset_optimizer": reset_optimizer or None, "weights": weights}
+    told = [
+        f"training.{key}={str(value).lower() if value is True else json.dumps(value)}"
+        for key, value in begins.items()
+        if value
+    ]
+    run = config.read(recipe, [*(set_ or ()), *told])
     try:
         with watching() as watch:
             rows = run_whole(run, place, watch, profile=profile)

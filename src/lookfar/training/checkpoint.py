@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,11 @@ def note_best(folder: Path, update: int, loss: float) -> None:
     files.write(folder / run_folder.MANIFEST, _spell({**read_manifest(folder), "best": update, "best_loss": loss}))
 
 
-def thin(folder: Path, keep: int, every: int | None) -> None:
-    """Remove all checkpoints but the newest, the best, and the last `keep` of those that were due."""
+def thin(folder: Path, keep: int, every: int | None, always: Collection[int] = ()) -> None:
+    """Remove all checkpoints but the newest, the best, the last `keep` of those that were due, and `always`."""
     found, best = updates(folder), read_manifest(folder).get("best")
     due = [update for update in found if every is None or update % every == 0 or update == found[-1]]
-    for update in set(found) - {found[-1], best, *due[-keep:]}:
+    for update in set(found) - {found[-1], best, *due[-keep:], *always}:
         shutil.rmtree(folder / "checkpoints" / str(update), ignore_errors=True)
 
 

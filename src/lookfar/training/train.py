@@ -21,7 +21,7 @@ from lookfar.evaluation import protocols
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
-from lookfar.training import checkpoint, objectives, optimizers
+from lookfar.training import checkpoint, objectives, optimizers, start
 from lookfar.training import folder as run_folder
 from lookfar.training import log as run_log
 from lookfar.training.check import check
@@ -31,7 +31,7 @@ from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
 from lookfar.training.profiling import profiled
-from lookfar.training.schedules import rate
+from lookfar.training.schedules import budgets, rate
 
 
 class Interrupted(Exception):
@@ -55,7 +55,10 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
     corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
     run = with_vocabulary(run, corpus)
     config = run.training
+    kept = budgets(config.schedule)  # a run of several budgets is several runs: each can be branched
     lines = corpus.lines(context=run.model.context, seed=config.seed)
+    if not checkpoint.updates(folder):
+        start.refuse(run, corpus.label)
     with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
         run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
         corpus.tokenizer.save(folder)
@@ -63,7 +66,7 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
         model = Decoder(run.model).train()
         optimizer = optimizers.build(model, config)
         pieces = Pieces(model, run)
-        first, seconds = _resume(folder, model, optimizer, pieces)
+        first, seconds = _resume(folder, run, corpus.label, model, optimizer, pieces)
         if first < config.updates:
             run_folder.forget_rows(folder)  # they were measured before what is trained now
         watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
@@ -99,13 +102,14 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
                 due = (
                     better is not None
                     or done == config.updates
+                    or done in kept
                     or (config.checkpoint_every and done % config.checkpoint_every == 0)
                 )
                 if due or asked:
                     _save(folder, done, model, optimizer, pieces, seconds)
                     if better is not None:
                         checkpoint.note_best(folder, done, better)
-                    checkpoint.thin(folder, config.keep, config.checkpoint_every)
+                    checkpoint.thin(folder, config.keep, config.checkpoint_every, kept)
                 step_of_profile()
                 if asked and done < config.updates:
                     raise Interrupted(done, asked[0])
@@ -155,20 +159,24 @@ def _accumulate(model: Decoder, lines: Lines | Mixture, update: int, run: Run, a
     return total
 
 
-def _resume(folder: Path, model: Decoder, optimizer: Optimizer, pieces: Pieces) -> tuple[int, float]:
-    """Go on from the newest whole checkpoint: updates done, and seconds spent on them."""
+def _resume(
+    folder: Path, run: Run, label: str, model: Decoder, optimizer: Optimizer, pieces: Pieces
+) -> tuple[int, float]:
+    """Go on from the newest whole checkpoint, or begin: updates done, and seconds spent on them."""
     checkpoint.sweep(folder)
     update = checkpoint.newest(folder)
     checkpoint.drop_after(folder, update)
     run_folder.trim_log(folder, update or 0)
     if update is None:
-        return 0, 0.0
-    state = checkpoint.restore(folder, update, model)
-    optimizer.load_state_dict(state["optimizer"])
+        update, state = start.begin(run, label, model)
+    else:
+        state = checkpoint.restore(folder, update, model)
+    if state is None:
+        return update, 0.0
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
     pieces.accumulation = state.get("accumulation", pieces.accumulation)
-    torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and state["random_cuda"] is not None:
-        torch.cuda.set_rng_state(state["random_cuda"])
+    start.restore_random(state)
     return update, float(state["seconds"])
 
 
