@@ -5,11 +5,15 @@ import subprocess
 import sys
 import time
 import warnings
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import lookfar
 from lookfar import cli
+from lookfar.batch import consecutive
+from lookfar.sight import Sight
 
 TINY = """
 [model]
@@ -70,7 +74,7 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor"]
+    "verb", ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor", "sight"]
 )
 def test_help_of_every_verb_shows_an_example(verb, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, verb, "--help")
@@ -177,6 +181,39 @@ def test_a_model_writes_on(trained, monkeypatch, capsys):
 def test_every_method_has_a_page(name, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods", name)
     assert code == 0 and "arXiv" in out and "Kernels" in out
+    assert "Decoding: " in out and "Known quirks: " in out and len(out.split("Known quirks: ")[1]) > 40
+
+
+def test_sight_draws_what_the_mask_says(tmp_path, monkeypatch, capsys):
+    asked = ["--documents", "..aaabb", "--window", 2, "--slots", 2, "--ends", "5,7"]
+    code, out, _ = run(monkeypatch, capsys, "sight", *map(str, asked), "--figure", str(tmp_path / "sight.svg"))
+    assert code == 0
+    rows = [line.split()[2:] for line in out.splitlines() if "◆" in line and "itself" not in line]
+    drawn = [[mark in "●◆" for mark in row] for row in rows]
+    documents = torch.tensor([[-1, -1, 0, 0, 0, 1, 1]])
+    known = {"positions": consecutive(documents), "documents": documents, "window": 2, "ends": torch.tensor([[5, 7]])}
+    assert drawn == Sight.slots(7, 2, **known).visible()[0, 0].tolist()
+    assert out.splitlines()[1].split() == ["position", "0", "0", "0", "1", "2", "0", "1", "3", "2"]
+    figure = ElementTree.parse(tmp_path / "sight.svg").getroot()
+    assert len(figure.findall("{*}rect")) == 81
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--documents", "aa1"], "'1' in --documents is neither a letter nor a dot"),
+        (["--documents", "aab", "--tokens", "5"], "has 3 tokens, not 5"),
+        (["--ends", "3"], "Only slots have --ends"),
+        (["--slots", "2", "--ends", "3"], "names 1 places for 2 slots"),
+        (["--slots", "1", "--ends", "x"], "--ends 'x' is not a list"),
+        (["--slots", "1", "--ends", "9"], "between 0 and 8"),
+        (["--figure", "sight.png"], "name it sight.svg"),
+    ],
+    ids=str,
+)
+def test_a_sight_that_cannot_be_is_told(asked, message, monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "sight", *asked)
+    assert code == 2 and message in err and "Traceback" not in err
 
 
 def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):

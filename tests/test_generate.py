@@ -593,3 +593,10 @@ def test_the_vocabulary_of_a_model_may_be_larger_than_its_texts():
     (tokens,) = generate(model.eval(), [[200, 255]], tokens=30, sampling=Sampling(temperature=5.0))
     pieces, rest = written(BYTES, tokens)
     assert "".join(pieces) + rest == BYTES.decode(tokens[: len(pieces)]).replace("\0", "")
+
+
+def test_the_command_writes_on_from_several_prompts(trained, monkeypatch, capsys):
+    told = ["--tokens", 5, "--temperature", 0]
+    alone = [command(monkeypatch, capsys, trained, "--prompt", each, *told)[1] for each in ("line", "a")]
+    code, out, _ = command(monkeypatch, capsys, trained, "--prompt", "line", "--prompt", "a", *told)
+    assert code == 0 and out == f"{alone[0]}\n{alone[1]}"

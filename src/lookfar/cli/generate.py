@@ -16,7 +16,7 @@ def add(app: typer.Typer) -> None:
 
 def generate(
     run: RunFolder,
-    prompt: Annotated[str, typer.Option(help="The text to write on from.")],
+    prompt: Annotated[list[str], typer.Option(help="The text to write on from. May be repeated.")],
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
@@ -32,7 +32,7 @@ def generate(
     scheme: Annotated[str | None, typer.Option(help="Run the same weights under another scheme.")] = None,
     trust: Trust = False,
 ) -> None:
-    """Write on from a prompt with the weights of a run."""
+    """Write on from a prompt with the weights of a run; the first is shown as it comes, others after it."""
     from lookfar.data.tokenizers import load_tokenizer
     from lookfar.data.writing import Writer
     from lookfar.model.generate import Sampling, stream
@@ -47,11 +47,15 @@ def generate(
         seed=seed,
     )
     model, tokenizer = load(run, scheme=scheme, trust=trust), load_tokenizer(run)
-    writer = Writer(tokenizer, stop or [])
-    typer.echo(prompt, nl=False)
-    given = [tokenizer.encode(prompt).tolist()]
-    for (token,) in stream(
-        model, given, tokens=tokens, sampling=sampling, stop=writer.stops, seconds=seconds, block=block
+    writers = [Writer(tokenizer, stop or []) for _ in prompt]
+    given, later = [tokenizer.encode(each).tolist() for each in prompt], ["" for _ in prompt[1:]]
+    typer.echo(prompt[0], nl=False)
+    for step in stream(
+        model, given, tokens=tokens, sampling=sampling, stop=writers[0].stops, seconds=seconds, block=block
     ):
-        typer.echo(writer.add(token), nl=False)
-    typer.echo(writer.rest())
+        first, *others = (writer.add(token) for writer, token in zip(writers, step, strict=True))
+        typer.echo(first, nl=False)
+        later = [text + more for text, more in zip(later, others, strict=True)]
+    typer.echo(writers[0].rest())
+    for asked, text, writer in zip(prompt[1:], later, writers[1:], strict=True):
+        typer.echo(f"\n{asked}{text}{writer.rest()}")

@@ -24,16 +24,20 @@ def run_study(study: Study, folder: Path, watching: Watching) -> dict[str, str]:
 
     The whole study is looked over before the first run starts, so that a mistake costs no time.
     """
-    planned = list(plan(study))
-    for _, run in planned:
+    planned: dict[str, Run] = {}
+    for name, run in plan(study):
+        if name in planned:
+            raise UserError(f"The study has {name} twice; leave one of the schemes or seeds out.")
         check(run)
+        planned[name] = run
     with run_folder.claim(folder):
         files.write(folder / "study.toml", config.write_toml(study.model_dump()).encode())
         failed: dict[str, str] = {}
-        for number, (name, run) in enumerate(planned, start=1):
+        for number, (name, run) in enumerate(planned.items(), start=1):
             try:
                 with watching(f"[{number}/{len(planned)}] {name}: ") as watch:
                     run_whole(run, folder / name, watch)
+                (folder / name / "error.txt").unlink(missing_ok=True)  # of an earlier try
             except (Interrupted, KeyboardInterrupt):
                 raise
             except UserError as error:
@@ -42,7 +46,7 @@ def run_study(study: Study, folder: Path, watching: Watching) -> dict[str, str]:
                 (folder / name).mkdir(exist_ok=True)
                 (folder / name / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
                 failed[name] = f"{type(error).__name__}: {error} (see {name}/error.txt)"
-        rows = [row for name, _ in planned for row in files.read_lines(folder / name / run_folder.ROWS)]
+        rows = [row for name in planned for row in files.read_lines(folder / name / run_folder.ROWS)]
         files.write_lines(folder / run_folder.ROWS, rows)
     return failed
 
