@@ -208,6 +208,9 @@ def test_sight_draws_what_the_mask_says(tmp_path, monkeypatch, capsys):
         (["--slots", "1", "--ends", "x"], "--ends 'x' is not a list"),
         (["--slots", "1", "--ends", "9"], "between 0 and 8"),
         (["--figure", "sight.png"], "name it sight.svg"),
+        (["--figure", "."], "is not an SVG"),
+        (["--figure", "nowhere/sight.svg"], "There is no folder nowhere"),
+        (["--documents", ""], "names no token"),
     ],
     ids=str,
 )

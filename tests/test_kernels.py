@@ -528,3 +528,19 @@ def test_every_kernel_is_the_definition_on_a_gpu(expression):
             if kernel.refusal(scheme, call_of(given, sight, scheme)) is None:
                 for what, value in results(kernel.attend, given, sight, scheme).items():
                     assert_near(value, expected[what], f"{what} of {name}, {place}")
+
+
+@pytest.mark.parametrize(
+    "expression", ["nope", "alibi", "stable_mask", "alibi + differential(share_bias=true)", "kerple"]
+)
+@pytest.mark.parametrize("rows", [(3, 4), (3, 7), (12, 13)], ids=str)
+def test_queries_that_are_not_the_last_keys_see_nothing_ahead(expression, rows):
+    """A chunk may come with keys beyond its last query: they stay hidden."""
+    shape = Shape(13)
+    scheme, sight = scheme_of(expression, shape).double(), Sight.causal(13).rows(*rows, step=8)
+    given = tensors(scheme, sight.keys, 1, sight.queries)
+    expected = results(reference.attend, given, sight, scheme)
+    for name, kernel in KERNELS.items():
+        if kernel.refusal(scheme, call_of(given, sight, scheme)) is None:
+            for what, value in results(kernel.attend, given, sight, scheme).items():
+                assert_near(value, expected[what], f"{what} of {name}")

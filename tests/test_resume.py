@@ -134,8 +134,9 @@ def test_a_run_may_be_interrupted_again_and_again(a_run, tmp_path, whole):
     assert_same_end(tmp_path, whole)
 
 
-def test_a_signal_at_the_last_update_lets_the_run_end(a_run, tmp_path, whole):
-    train(a_run(), tmp_path, stop_at(UPDATES))
+def test_a_signal_at_the_last_update_lets_the_run_end_and_nothing_follow(a_run, tmp_path, whole):
+    with pytest.raises(Interrupted):
+        train(a_run(), tmp_path, stop_at(UPDATES))
     assert_same_end(tmp_path, whole)
 
 

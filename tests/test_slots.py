@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import lookfar
-from lookfar import kernels
+from lookfar import config, kernels
 from lookfar.attention.scheme import build_scheme
 from lookfar.batch import consecutive
 from lookfar.config import ModelConfig
@@ -18,6 +18,7 @@ from lookfar.kernels import chunked, slots, square
 from lookfar.model.generate import Sampling, generate
 from lookfar.sight import Sight
 from lookfar.training import objectives
+from lookfar.training.check import check
 from tolerance import assert_near
 
 METHODS = lookfar.names("methods")
@@ -151,7 +152,8 @@ def test_a_slot_is_the_last_token_of_what_it_sees(expression, form):
 @every_scheme
 def test_every_kernel_is_the_definition_for_slots(expression, form, monkeypatch):
     monkeypatch.setattr(chunked, "ENTRIES", 1)
-    monkeypatch.setattr(slots, "ENTRIES", 2 * 4 * (TEXT + 1) * 2)  # two slots at a time
+    monkeypatch.setattr(slots, "ENTRIES", 1)
+    monkeypatch.setattr(slots, "LEAST", 2)
     monkeypatch.setattr(square, "CHUNK", 3)
     scheme, sight = scheme_of(expression), Sight.slots(TEXT, WANTED, **FORMS[form])
 
@@ -388,3 +390,43 @@ def test_a_block_needs_slots_and_positions():
     with pytest.raises(UserError, match="ask for at most 5 tokens"):
         generate(model_of("learned"), [[1, 2, 3, 4]], tokens=8, block=4)
     assert len(generate(model_of("learned"), [[1, 2, 3, 4]], tokens=5, block=4)[0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.scheme=learned", "model.slots=4", "training.objective=slots"], "model.context reach 132"),
+        (
+            ["model.scheme=rope(scaling=dynamic, factor=2)", "model.slots=4", "training.objective=slots"],
+            "whole sequences",
+        ),
+        (["model.scheme=rope(scaling=dynamic, factor=2)", "data.documents=isolated"], "whole sequences"),
+        (["model.scheme=alibi + dape_v2(repair=paper)", "model.slots=4", "training.objective=slots"], "plain causal"),
+        (["model.slot_positions=shared"], "are of slots; set slots"),
+    ],
+    ids=str,
+)
+def test_what_slots_cannot_train_is_told_at_the_door(overrides, message):
+    with pytest.raises(UserError, match=message):
+        check(config.build({"evaluation": {"lengths": [64]}}, overrides))
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    model, tokens = model_of("alibi"), words(1, 6)
+    documents = torch.tensor([[-1, 0, 0, 0, 0, 0]])
+    cache = model.cache()
+    with torch.no_grad():
+        model.states(tokens[:, :5], documents=documents[:, :5], cache=cache)
+        with pytest.raises(UserError, match="between 0 and 6"):
+            model.slot_states(tokens[:, 5:], ends=torch.tensor([[99]]), cache=cache)
+        with pytest.raises(UserError, match="has not seen the new text"):
+            model.slot_states(tokens[:, 5:], ahead=True, cache=cache)
+        _, slots = model.slot_states(tokens[:, 5:], documents=documents[:, 5:], cache=cache)
+        assert_near(slots, model.slot_states(tokens, documents=documents)[1])
+
+
+@torch.no_grad()
+def test_slots_follow_the_last_token_that_is_no_padding():
+    model, tokens = model_of("alibi"), words(1, 6)
+    right = torch.tensor([[0, 0, 0, 0, -1, -1]])
+    assert_near(model.slot_states(tokens, documents=right)[1], model.slot_states(tokens[:, :4])[1])

@@ -78,6 +78,8 @@ class ModelConfig(_Settings):
             raise ValueError(f"groups ({self.groups}) must divide heads ({self.heads}); try groups={self.heads}")
         if self.positions is not None and self.positions < self.context:
             raise ValueError(f"positions ({self.positions}) must be at least context ({self.context})")
+        if self.slots is None and (self.slot_positions, self.slot_embeddings) != ("offset", "own"):
+            raise ValueError("slot_positions and slot_embeddings are of slots; set slots, such as slots=4")
         if self.slots and self.slots > 1 and (self.slot_positions, self.slot_embeddings) == ("shared", "one"):
             raise ValueError(
                 "slots of one position and one embedding all give the same answer; "

@@ -149,8 +149,14 @@ class Sight:
         consecutive = positions is None
         positions = torch.arange(text, device=device)[None] if positions is None else positions
         device = positions.device
-        ends = torch.full((1, slots), text, device=device) if ends is None else ends
-        if ends.shape[1] != slots or (ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) <= text):
+        if ends is None:
+            offsets = torch.arange(slots, device=device)[None] if offsets is None else offsets
+            ends = torch.full((1, slots), text, device=device)
+        if (
+            ends.dim() != 2
+            or ends.shape[1] != slots
+            or (ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) <= text)
+        ):
             raise UserError(
                 f"`ends` must hold {slots} numbers between 0 and {text}, how many tokens each slot follows."
             )
@@ -189,6 +195,11 @@ class Sight:
     def plain(self) -> bool:
         """Whether the order of tokens alone decides who sees whom: what is not ahead is seen."""
         return self.window is None and self.key_documents is None and not self.ahead and self.text is None
+
+    @property
+    def last(self) -> bool:
+        """Whether the queries are the last of the keys, so that none of these lies ahead of the last query."""
+        return self.first_query + self.queries == self.first_key + self.keys
 
     @property
     def asking(self) -> int:

@@ -19,14 +19,14 @@ Overrides = Annotated[
 Trust = Annotated[bool, typer.Option("--trust", help="Allow the run to import code of the user's own modules.")]
 
 
-def lengths_of(text: str | None, option: str = "--lengths") -> tuple[int, ...] | None:
+def lengths_of(text: str | None, option: str = "--lengths", example: str = "128,256") -> tuple[int, ...] | None:
     """Read `128,256`."""
     if text is None:
         return None
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"{option} {text!r} is not a list of whole numbers; write it as 128,256.") from error
+        raise UserError(f"{option} {text!r} is not a list of whole numbers; write it as {example}.") from error
 
 
 def folder_of(recipe: Path, folder: Path | None) -> Path:

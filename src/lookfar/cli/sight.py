@@ -38,13 +38,17 @@ def sight(
     from lookfar.errors import UserError
 
     if figure is not None and figure.suffix != ".svg":
-        raise UserError(f"{figure} is not an SVG; name it {figure.with_suffix('.svg')}.")
+        raise UserError(f"{figure} is not an SVG; name it sight.svg.")
+    if figure is not None and not figure.absolute().parent.is_dir():
+        raise UserError(f"There is no folder {figure.parent} for the figure.")
+    if documents == "":
+        raise UserError("--documents names no token; write it as ..aaabb.")
     if documents is not None and tokens not in (None, len(documents)):
         raise UserError(f"--documents {documents} has {len(documents)} tokens, not {tokens}; leave --tokens out.")
     if (ends is not None or shared) and not slots:
         raise UserError("Only slots have --ends or --shared; add --slots.")
     count = len(documents) if documents is not None else 8 if tokens is None else tokens
-    followed = None if ends is None else lengths_of(ends, "--ends")
+    followed = None if ends is None else lengths_of(ends, "--ends", "3,3,5")
     seen = _sight(count, window, documents, slots, followed, shared, ahead)
     visible = seen.visible()[0, 0].tolist()
     positions = [str(number) for number in seen.key_positions[0].tolist()]

@@ -22,6 +22,7 @@ class Call:
     batch: int = 1
     gradients: bool = True  # whether something needs a gradient
     plain: bool = True  # the order of tokens alone decides who sees whom
+    last: bool = True  # the queries are the last of the keys
     consecutive: bool = True  # positions are 0, 1, 2, …
     causal: bool = True  # nothing ahead is seen
     slots: bool = False  # some queries are slots, which see a part of the text and themselves
@@ -38,6 +39,7 @@ class Call:
             batch=queries.shape[0],
             gradients=torch.is_grad_enabled() and any(each.requires_grad for each in needing),
             plain=sight.plain,
+            last=sight.last,
             consecutive=sight.consecutive and sight.text is None,
             causal=not sight.ahead,
             slots=sight.asking > 0,

@@ -41,7 +41,7 @@ class Row(Kernel):
         bias, sink = scheme.bias(sight), scheme.sink(sight.query_positions)
         if bias is not None:
             scores = scores + bias
-        if not sight.plain:
+        if not (sight.plain and sight.last):
             scores = scores.masked_fill(~sight.visible(), -torch.inf)
         weights = _by_group(scores.softmax(-1).to(values.dtype), heads, heads.value_heads)
         output = _by_head(weights @ values, heads, heads.value_heads)

@@ -41,7 +41,7 @@ class Sdpa(Kernel):
             return "half of the heads see nothing behind"
         if scheme.biases and call.dtype == torch.float16:
             return "ALiBi's columns overflow float16"
-        square = call.plain and call.queries == call.keys
+        square = call.plain and call.last and call.queries == call.keys
         if not square and call.queries > 1 and call.batch * call.queries * call.keys > MASKED:
             return f"who sees whom would need a dense mask of {call.batch * call.queries * call.keys:,} entries"
         if scheme.sinks and call.device != "cpu" and not square:
@@ -62,12 +62,14 @@ class Sdpa(Kernel):
         if scheme.biases:
             queries, scale = _even(queries, scale)
             slopes = torch.stack([bias.slopes[0] for bias in scheme.biases if isinstance(bias, Alibi)]).sum(0)
+            slopes = slopes.repeat(scheme.heads.score_heads // len(slopes))  # maps of a head may share them
             queries, keys = _lead(queries, keys, _columns(slopes, sight, scale, queries.dtype))
         if sink is not None and queries.device.type != "cpu":
             return _with_key_in_front(queries, keys, values, sink, scale)[..., :value_width]
         queries, keys, values = _equally_wide(queries, keys, values)
-        causal = sight.plain and sight.queries == sight.keys
-        mask = None if causal or (sight.plain and sight.queries == 1) else _mask(sight, queries.dtype)
+        causal = sight.plain and sight.last and sight.queries == sight.keys
+        whole = sight.plain and sight.last and sight.queries == 1  # the last token sees all
+        mask = None if causal or whole else _mask(sight, queries.dtype)
         if scheme.biases and asked > 1 and 0 < keys.shape[2] % TILE < EVEN:
             queries, keys, values, mask = _longer(queries, keys, values, mask)
             sink = None if sink is None else F.pad(sink, (0, queries.shape[2] - asked))

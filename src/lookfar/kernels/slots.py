@@ -13,6 +13,7 @@ from lookfar.kernels.base import Call, Kernel
 from lookfar.kernels.chunked import ENTRIES
 from lookfar.sight import Sight
 
+LEAST = 16  # slots that are computed together, however long the text
 TOGETHER = 64  # slots that a score map, which is defined on a whole row of keys, is asked for at a time
 
 
@@ -41,7 +42,7 @@ class Slots(Kernel):
             given = queries[:, :, :count], keys[:, :, :text], values[:, :, :text]
             outputs.append(dispatch.attend(*given, known, scheme))
         rows = _rows_of_maps if scheme.maps else _rows
-        chunk = max(1, ENTRIES // max(1, queries.shape[0] * queries.shape[1] * (text + 1)))
+        chunk = max(LEAST, ENTRIES // max(1, queries.shape[0] * queries.shape[1] * (text + 1)))
         chunk = min(chunk, TOGETHER) if scheme.maps else chunk
         for start in range(0, sight.asking, chunk):
             stop = min(start + chunk, sight.asking)

@@ -128,6 +128,7 @@ class Rope(QueryKeyEncoding):
         """Cosine and sine of all angles. Queries, keys and all layers ask for the same, so the last are kept."""
         asked = x.dtype, x.device, torch.is_inference_mode_enabled()
         keeps = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a comparison has to wait
+        keeps = keeps and type(x) is type(positions) is Tensor and not positions.requires_grad
         if keeps and (waves := self.last.find(positions, asked)) is not None:
             return waves
         places = wide(positions, x)[:, None, :, None]  # b 1 t 1
@@ -142,7 +143,9 @@ class Rope(QueryKeyEncoding):
         if self.once:
             return None
         documents = sight.key_documents
-        several = documents is not None and bool(((documents != documents[:, -1:]) & (documents >= 0)).any())
+        several = documents is not None and bool(
+            ((documents != documents.amax(1, keepdim=True)) & (documents >= 0)).any()
+        )
         if sight.queries != sight.keys or sight.text is not None or several:
             return "rope(scaling=dynamic) turns all keys by the length of the sequence; it takes whole sequences only."
         return None

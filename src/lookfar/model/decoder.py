@@ -69,10 +69,25 @@ class Decoder(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         """The last hidden states, normalised: what `logits` reads. For arguments see `forward`."""
         if sight is not None:
-            sights = dict.fromkeys(self.windows, sight)
-        else:
-            sights = self._sights(tokens, positions, documents, cache)
-        return self._through(self.embedding(tokens), sights, cache)
+            if positions is not None or documents is not None:
+                raise UserError("A sight has its own positions and documents; give either it or them.")
+            return self._through(self.embedding(tokens), dict.fromkeys(self.windows, sight), cache)
+        positions, documents = self._numbered(tokens, positions, documents, cache)
+        past, new = 0 if cache is None else cache.length, tokens.shape[1]
+        sights = {
+            window: Sight.causal(
+                past + new,
+                queries=new,
+                positions=positions,
+                documents=documents,
+                window=window,
+                device=tokens.device,
+            )
+            for window in dict.fromkeys(self.windows)
+        }
+        states = self._through(self.embedding(tokens), sights, cache)
+        _note(cache, positions, documents)
+        return states
 
     def slot_states(
         self,
@@ -105,11 +120,14 @@ class Decoder(nn.Module):
             raise UserError(f"{slots} slots are not possible: the model has {self.config.slots}.")
         batch, new = tokens.shape
         past = 0 if cache is None else cache.length
+        if ahead and past:
+            raise UserError("What is in the cache has not seen the new text; with ahead=True give all of it at once.")
+        positions, documents = self._numbered(tokens, positions, documents, cache)
         if ends is None:
-            ends = torch.full((1, 1), past + new, device=tokens.device)
+            ends = _ends(documents, past + new, tokens.device)
+        if ends.dim() != 2 or ends.shape[0] not in (1, batch) or not ends.shape[1]:
+            raise UserError(f"`ends` must be [{batch} a], a number for each anchor; it is {list(ends.shape)}.")
         anchors = ends.shape[1]
-        farthest = past + new + slots if self.config.slot_positions == "offset" else past + new + 1
-        positions, documents = self._numbered(tokens, positions, documents, cache, farthest)
         offsets = torch.arange(slots, device=tokens.device) * (self.config.slot_positions == "offset")
         sights = {
             window: Sight.slots(
@@ -129,14 +147,21 @@ class Decoder(nn.Module):
         embedded = self.slot_embedding.weight[:slots].expand(slots, -1)
         x = torch.cat([self.embedding(tokens), embedded.repeat(anchors, 1).expand(batch, -1, -1)], dim=1)
         states = self._through(x, sights, cache)
+        _note(cache, positions, documents)
         return states[:, :new], states[:, new:].unflatten(1, (anchors, slots))
 
     def _through(
         self, x: Float[Tensor, "b t d"], sights: dict[int | None, Sight], cache: Cache | None
     ) -> Float[Tensor, "b t d"]:
         """Embeddings through all layers."""
+        places = next(iter(sights.values())).query_positions
+        if self.farthest is not None and (reach := int(places.max()) + 1) > self.farthest:
+            raise UserError(
+                f"{reach} tokens are more than the {self.farthest} positions of the learned table; "
+                f"train with model.positions={reach} or ask for fewer."
+            )
         if self.encoding is not None:
-            x = self.encoding.encode(x, next(iter(sights.values())).query_positions)
+            x = self.encoding.encode(x, places)
         x = F.dropout(x, self.config.embedding_dropout, self.training and self.config.embedding_dropout > 0)
         for layer, (block, window) in enumerate(zip(self._blocks(), self.windows, strict=True)):
             x = block(x, sights[window], None if cache is None else cache.layers[layer])
@@ -165,35 +190,12 @@ class Decoder(nn.Module):
         table = getattr(self.encoding, "positions", None)
         return table if isinstance(table, int) else None
 
-    def _sights(
-        self,
-        tokens: Int[Tensor, "b t"],
-        positions: Num[Tensor, "#b t"] | None,
-        documents: Int[Tensor, "b t"] | None,
-        cache: Cache | None,
-    ) -> dict[int | None, Sight]:
-        new = tokens.shape[1]
-        past = 0 if cache is None else cache.length
-        positions, documents = self._numbered(tokens, positions, documents, cache, past + new)
-        return {
-            window: Sight.causal(
-                past + new,
-                queries=new,
-                positions=positions,
-                documents=documents,
-                window=window,
-                device=tokens.device,
-            )
-            for window in dict.fromkeys(self.windows)
-        }
-
     def _numbered(
         self,
         tokens: Int[Tensor, "b t"],
         positions: Num[Tensor, "#b t"] | None,
         documents: Int[Tensor, "b t"] | None,
         cache: Cache | None,
-        farthest: int,
     ) -> tuple[Num[Tensor, "#b k"] | None, Int[Tensor, "b k"] | None]:
         """Positions and documents of all text, cached and new; None while all is consecutive in one document."""
         if cache is not None:
@@ -201,11 +203,6 @@ class Decoder(nn.Module):
             positions, documents = _continued(cache, batch, new, positions, documents)
         elif documents is not None and positions is None:
             positions = consecutive(documents)
-        if positions is None and self.farthest is not None and farthest > self.farthest:
-            raise UserError(
-                f"{farthest} tokens are more than the {self.farthest} positions of the learned table; "
-                f"train with model.positions={farthest} or ask for fewer."
-            )
         return positions, documents
 
     def _blocks(self) -> list[Block]:
@@ -312,16 +309,29 @@ def _continued(
         zeros = torch.zeros(batch, past, dtype=torch.long, device=device)
         before = zeros if cache.documents is None else cache.documents
         after = torch.zeros(batch, new, dtype=torch.long, device=device) if documents is None else documents
-        cache.documents = torch.cat([before, after], dim=1)
-    if positions is not None or cache.positions is not None or cache.documents is not None:
+        documents = torch.cat([before, after], dim=1)
+    if positions is not None or cache.positions is not None or documents is not None:
         before, after = cache.positions, None if positions is None else positions.expand(batch, -1)
         if before is None or after is None:
             first = 0 if before is None else past
-            default = _default(cache.documents, first, past + new, batch, device)
+            default = _default(documents, first, past + new, batch, device)
             before = default[:, :past] if before is None else before
             after = default[:, default.shape[1] - new :] if after is None else after
-        cache.positions = torch.cat([before, after], dim=1)
-    return cache.positions, cache.documents
+        positions = torch.cat([before, after], dim=1)
+    return positions, documents
+
+
+def _note(cache: Cache | None, positions: Num[Tensor, "#b k"] | None, documents: Int[Tensor, "b k"] | None) -> None:
+    """Keep the numbers of what the cache now holds; only here, so that a call that was refused leaves it as it was."""
+    if cache is not None:
+        cache.positions, cache.documents = positions, documents
+
+
+def _ends(documents: Int[Tensor, "b k"] | None, tokens: int, device: torch.device) -> Int[Tensor, "#b 1"]:
+    """After all of the text: after the last token of each line that is no padding."""
+    if documents is None:
+        return torch.full((1, 1), tokens, device=device)
+    return ((documents >= 0) * torch.arange(1, tokens + 1, device=device)).amax(1, keepdim=True)
 
 
 def _default(

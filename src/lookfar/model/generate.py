@@ -77,7 +77,6 @@ class Sampling:
         return torch.cat(drawn)
 
 
-@torch.inference_mode()  # as a decorator: off while the reader of the stream is at work
 def stream(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -118,7 +117,7 @@ def stream(
             model = pack(model, len(prompts) * (block or 1))  # after the prompt, which is many rows
         accepted = []
         for state in states.unbind(1)[: tokens - count]:
-            chosen = sampling.choose(model.logits(state), seen, generators)
+            chosen = _chosen(model, state, sampling, seen, generators)
             accepted.append(chosen)
             step: list[int | None] = []
             for row, token in enumerate(chosen.tolist()):
@@ -154,6 +153,18 @@ def generate(
     return written
 
 
+@torch.inference_mode()  # of each step alone: the reader of a stream is in a mode of its own
+def _chosen(
+    model: Decoder,
+    state: Float[Tensor, "b d"],
+    sampling: Sampling,
+    seen: Int[Tensor, "b t"],
+    generators: list[torch.Generator],
+) -> Int[Tensor, " b"]:
+    return sampling.choose(model.logits(state), seen, generators)
+
+
+@torch.inference_mode()
 def _ahead(
     model: Decoder,
     tokens: Int[Tensor, "b t"],

@@ -11,6 +11,7 @@ from lookfar import config, files
 from lookfar.attention.scheme import parse, spell
 from lookfar.config import Run, Study
 from lookfar.errors import UserError
+from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
 from lookfar.training.run import run_whole
@@ -31,6 +32,8 @@ def run_study(study: Study, folder: Path, watching: Watching) -> dict[str, str]:
         check(run)
         planned[name] = run
     with run_folder.claim(folder):
+        for name, run in planned.items():
+            run_folder.refuse_another(folder / name, run, done=max(checkpoint.updates(folder / name), default=0))
         files.write(folder / "study.toml", config.write_toml(study.model_dump()).encode())
         failed: dict[str, str] = {}
         for number, (name, run) in enumerate(planned.items(), start=1):

@@ -5,7 +5,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from lookfar import plugins
-from lookfar.attention.scheme import build_scheme, parse
+from lookfar.attention.scheme import Scheme, build_scheme, parse
 from lookfar.config import Run
 from lookfar.data.mixture import ingredients
 from lookfar.errors import UserError
@@ -13,6 +13,7 @@ from lookfar.evaluation import protocols
 from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
+from lookfar.sight import Sight
 from lookfar.training import objectives, schedules, tracking
 
 
@@ -35,7 +36,7 @@ def check(run: Run) -> None:
             if issubclass(kind, Method):
                 _takes(kind, term.name, numbers, limit)
         if layer == 0 or not isinstance(model.scheme, str):
-            build_scheme(
+            scheme = build_scheme(
                 expression,
                 heads=model.heads,
                 groups=model.groups,
@@ -43,6 +44,7 @@ def check(run: Run) -> None:
                 width=model.width,
                 layer=layer,
             )
+            _can_be_trained(run, scheme)
     expressions = {str(term) for layer in range(model.layers) for term in parse(layer_scheme(model, layer))}
     named = [each for each in sorted(expressions) if _encodes_inputs(each)]
     if len(named) > 1:
@@ -60,8 +62,23 @@ def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
     found = {}
     for part, (expression, tokens) in parts.items():
         positions = numbering.find(expression, run.model.context)(1, tokens, torch.Generator().manual_seed(0))
-        found[part] = torch.arange(tokens)[None] if positions is None else positions
+        positions = torch.arange(tokens)[None] if positions is None else positions
+        if part == "model.context" and run.model.slots is not None:
+            beyond = run.model.slots if run.model.slot_positions == "offset" else 1
+            positions = torch.cat([positions, positions.amax() + 1 + torch.arange(beyond)[None]], dim=1)
+        found[part] = positions
     return found
+
+
+def _can_be_trained(run: Run, scheme: Scheme) -> None:
+    """Raise where a method refuses what training will show it."""
+    sights = [Sight.slots(2, 1)] if run.model.slots is not None else []
+    if run.data.documents == "isolated":
+        two = torch.tensor([[0, 0, 1, 1]])
+        sights.append(Sight.causal(4, positions=torch.tensor([[0, 1, 0, 1]]), documents=two))
+    for sight in sights:
+        if reason := scheme.refusal(sight):
+            raise UserError(reason)
 
 
 def _takes(kind: type[Method], name: str, numbers: dict[str, Num[Tensor, "1 t"]], limit: int) -> None:

@@ -55,8 +55,7 @@ def settle(folder: Path, run: Run, label: str, *, done: int = 0) -> None:
 
     The end of a run may move where none of the updates that are `done` would have had another rate.
     """
-    if (folder / RECIPE).exists():
-        _refuse_another(folder, run, label, done)
+    refuse_another(folder, run, label, done=done)
     versions = {
         "lookfar": lookfar.__version__,
         "torch": torch.__version__,
@@ -66,8 +65,13 @@ def settle(folder: Path, run: Run, label: str, *, done: int = 0) -> None:
     files.write(folder / RECIPE, config.write_toml({**run.model_dump(), "versions": versions}).encode())
 
 
-def _refuse_another(folder: Path, run: Run, label: str, done: int) -> None:
+def refuse_another(folder: Path, run: Run, label: str | None = None, *, done: int = 0) -> None:
+    """Raise a `UserError` where the folder holds another run; `label` is that of the text, where it is known."""
+    if not (folder / RECIPE).exists():
+        return
     before, label_before = read(folder)
+    if run.model.vocabulary is None:  # the tokenizer's, known once the text is opened
+        run = run.model_copy(update={"model": run.model.model_copy(update={"vocabulary": before.model.vocabulary})})
     changed = [key for key in _differences(before.model_dump(), run.model_dump()) if not _is_free(key)]
     of_end = [key for key in changed if _moves_end(key, before.training, run.training)]
     reason = schedules.refusal(before.training, run.training, done) if of_end else None
@@ -79,7 +83,7 @@ def _refuse_another(folder: Path, run: Run, label: str, done: int) -> None:
         raise UserError(
             f"{folder} holds a run with other settings: {told}.{why} Restore them, or choose another folder."
         )
-    if label_before != label:
+    if label is not None and label_before != label:
         raise UserError(f"{folder} was trained on {label_before}; the text is now {label}. Choose another folder.")
 
 

@@ -117,6 +117,8 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
             _save(folder, 0, model, optimizer, pieces, seconds)
         checkpoint.finish(folder, config.updates)
         run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
+        if asked:  # in the last update: all is done, and nothing more is wanted
+            raise Interrupted(config.updates, asked[0])
         return model.eval()
 
 
