@@ -30,14 +30,14 @@ class Call:
     @classmethod
     def of(cls, queries: Tensor, keys: Tensor, values: Tensor, sight: Sight, scheme: Scheme) -> "Call":
         """The facts of a call with these tensors."""
-        needing = (queries, keys, values, *scheme.parameters())
         return cls(
             device=queries.device.type,
             dtype=queries.dtype,
             queries=queries.shape[2],
             keys=keys.shape[2],
             batch=queries.shape[0],
-            gradients=torch.is_grad_enabled() and any(each.requires_grad for each in needing),
+            gradients=torch.is_grad_enabled()
+            and any(each.requires_grad for each in (queries, keys, values, *scheme.parameters())),
             plain=sight.plain,
             last=sight.last,
             consecutive=sight.consecutive and sight.text is None,

@@ -114,18 +114,21 @@ class Rope(QueryKeyEncoding):
 
     def _turn(self, x: Float[Tensor, "b c t e"], positions: Num[Tensor, "#b t"]) -> Float[Tensor, "b c t e"]:
         cos, sin = self._waves(positions, x)
-        turned, still = x[..., : self.width], x[..., self.width :]
+        turned = x if self.width == x.shape[-1] else x[..., : self.width]
         if self.layout == "halves":
-            first, second = turned.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin, still], dim=-1)
-        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-        return torch.cat([turned, still], dim=-1)
+            partners = torch.cat(turned.chunk(2, dim=-1)[::-1], dim=-1)
+        else:
+            partners = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        turned = turned * cos + partners * sin
+        return turned if turned.shape == x.shape else torch.cat([turned, x[..., self.width :]], dim=-1)
 
     def _waves(
         self, positions: Num[Tensor, "#b t"], x: Float[Tensor, "b c t e"]
     ) -> tuple[Float[Tensor, "#b 1 t f"], Float[Tensor, "#b 1 t f"]]:
-        """Cosine and sine of all angles. Queries, keys and all layers ask for the same, so the last are kept."""
+        """For each feature the factor of itself and that of its partner: cos θ, and - sin θ or sin θ.
+
+        Queries, keys and all layers ask for the same, so the last are kept.
+        """
         asked = x.dtype, x.device, torch.is_inference_mode_enabled()
         keeps = x.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a comparison has to wait
         keeps = keeps and type(x) is type(positions) is Tensor and not positions.requires_grad
@@ -134,7 +137,11 @@ class Rope(QueryKeyEncoding):
         places = wide(positions, x)[:, None, :, None]  # b 1 t 1
         frequencies = torch.tensor(self.frequencies, device=x.device, dtype=places.dtype)
         angles = places * (frequencies if self.once else self._stretched(frequencies, places))
-        waves = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
+        cos, sin = (self.growth * angles.cos()).to(x.dtype), (self.growth * angles.sin()).to(x.dtype)
+        if self.layout == "halves":
+            waves = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        else:
+            waves = cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
         if keeps:
             self.last = _Last(positions.clone(), asked, waves)
         return waves
