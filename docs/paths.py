@@ -25,9 +25,9 @@ with the definition, the [reference](architecture.md) run on nothing but the tok
 gradients of all parameters of a small decoder. *Exact* means within 1e-10 in float64; in float32 and bfloat16 it means
 no further from float64 than twice the reference itself and one rounding unit, in the mean of some draws.
 
-`python docs/paths.py` makes this page, with torch {torch.__version__.partition("+")[0]} on a CPU; `tests/test_paths.py`
-holds it, and every pair of methods, to the same comparisons. Below the methods stand the settings that are refused
-where their method is not. A refusal by a kernel is no refusal of the method: another kernel takes the call.
+`python docs/paths.py` makes this page, with torch {torch.__version__.partition("+")[0]} on a CPU. `tests/test_paths.py`
+holds the page to its word, and every pair of methods to the same comparisons. Below the methods stand the settings that
+are refused where their method is not. A kernel's refusal is not the method's: another kernel takes the call.
 """
 ABOUT = {
     SIGHTS: "By the kernel that is chosen. Where a cache can serve, what is decoded through it is compared, too.",
@@ -56,10 +56,10 @@ def methods() -> list[str]:
 
 
 def refusing() -> list[str]:
-    """Settings that are refused somewhere where their method is not, or with other words."""
+    """Settings that are refused somewhere where their method is not."""
 
-    def refusals(expression: str) -> list[str | None]:
-        return [PATHS[name](expression) for group in (SIGHTS, KERNELS) for name in GROUPS[group]]
+    def refusals(expression: str) -> list[bool]:
+        return [PATHS[name](expression) is not None for group in (SIGHTS, KERNELS) for name in GROUPS[group]]
 
     return [choice for choice in CHOICES if refusals(choice) != refusals(choice.partition("(")[0])]
 
