@@ -4,6 +4,7 @@ They are started by torchrun, or by anything that sets RANK, WORLD_SIZE, MASTER_
 asks nobody: every verb then gives back what it got.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -117,6 +118,7 @@ def joined(device: str) -> Iterator[Processes]:
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:
+        gc.collect()  # a sharded model is a circle that holds the group, whose threads must not outlive it
         distributed.destroy_process_group()
 
 
