@@ -102,14 +102,15 @@ class ShardedAdamW:
         self.steps.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, in the memory of the processor; all processes must ask."""
+        """The whole state, in the memory of the processor, for the first process; all must ask, the others get none."""
         for group in self.plain.param_groups:
             group["lr"] = self.steps.param_groups[0]["lr"]
         found = self.plain.state_dict()
-        whole = {
-            number: {key: _full(value).cpu() for key, value in values.items()}
-            for number, values in found["state"].items()
-        }
+        whole, first = {}, distributed.get_rank() == 0
+        for number, values in found["state"].items():
+            gathered_values = {key: _full(value) for key, value in values.items()}
+            if first:  # one machine would have to hold it once for each of its processes
+                whole[number] = {key: value.cpu() for key, value in gathered_values.items()}
         return {"state": whole, "param_groups": found["param_groups"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
