@@ -66,6 +66,8 @@ OTHER = Study(  # every field differs from its default
         batch=6,
         accumulation=3,
         on_out_of_memory="halve",
+        parallel="sharded",
+        checkpoint_activations=True,
         optimizer="muon",
         objective="slots(anchors=2)",
         rate=3e-4,

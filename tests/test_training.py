@@ -284,6 +284,8 @@ CHANGES = {
     "numbering": "randomized(largest=32)",
 }
 SEEN_ELSEWHERE = {
+    "parallel",
+    "checkpoint_activations",
     "branch",
     "reset_optimizer",
     "weights",

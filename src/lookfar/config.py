@@ -106,6 +106,8 @@ class TrainingConfig(_Settings):
     batch: Count = 32  # sequences per update, accumulated ones included
     accumulation: Count = 1  # pieces that a batch is computed in
     on_out_of_memory: Literal["stop", "halve"] = "stop"  # halve: smaller pieces from there on, the same result
+    parallel: Literal["replicated", "sharded"] = "replicated"  # among processes: each has the whole model, or a part
+    checkpoint_activations: bool = False  # keep the inputs of layers only, and compute the rest again backwards
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices between hidden states, AdamW for the rest
     objective: str = "next_token"  # also slots(anchors=16): several tokens at once
     rate: Positive = 1e-3  # the peak

@@ -1,6 +1,7 @@
 """`lookfar train`: trains one run, or goes on with it, and evaluates it."""
 
 import json
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -30,10 +31,14 @@ def train(
         bool, typer.Option("--profile", help="Write a trace of a few updates, and show what costs most.")
     ] = False,
 ) -> None:
-    """Train one run, then measure it. The same command goes on where it stopped."""
+    """Train one run, then measure it. The same command goes on where it stopped.
+
+    Several processes:  torchrun --nproc-per-node 8 -m lookfar train RECIPE
+    """
     from lookfar import config
     from lookfar.cli.progress import watching
     from lookfar.cli.tables import show_rows
+    from lookfar.training.processes import is_first
     from lookfar.training.run import run_whole
     from lookfar.training.train import Interrupted
 
@@ -46,10 +51,13 @@ def train(
     ]
     run = config.read(recipe, [*(set_ or ()), *told])
     try:
-        with watching() as watch:
+        with watching() if is_first() else nullcontext(lambda event: None) as watch:
             rows = run_whole(run, place, watch, profile=profile)
     except Interrupted as stop:
-        typer.echo(f"{stop} The same command goes on from there.", err=True)
+        if is_first():
+            typer.echo(f"{stop} The same command goes on from there.", err=True)
         raise typer.Exit(128 + stop.signal) from None
+    if not is_first():
+        return
     show_rows(rows)
     typer.echo(f"The run is in {place}. Its report:  lookfar report {place}")

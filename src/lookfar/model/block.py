@@ -2,9 +2,11 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lookfar.model.attention import Attention
 from lookfar.model.cache import LayerCache
@@ -35,10 +37,16 @@ class Block(nn.Module):
         self.attention_norm, self.attention = nn.RMSNorm(width, eps=1e-6), attention
         self.feed_forward_norm, self.feed_forward = nn.RMSNorm(width, eps=1e-6), feed_forward
         self.dropout = dropout
+        self.recompute = False  # in training, keep nothing between input and output, and compute it again backwards
 
     def forward(
         self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None = None
     ) -> Float[Tensor, "b t d"]:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, sight, cache, use_reentrant=False)
+        return self._compute(x, sight, cache)
+
+    def _compute(self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None) -> Float[Tensor, "b t d"]:
         x = x + self._drop(self.attention(self.attention_norm(x), sight=sight, cache=cache))
         return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
 

@@ -179,6 +179,11 @@ class Decoder(nn.Module):
         layers = [LayerCache(block.attention.scheme.heads, batch, length, weight.device) for block in self._blocks()]
         return Cache(layers, batch)
 
+    def recompute(self, wanted: bool) -> None:
+        """Whether training keeps the inputs of layers only, and computes what is between again in the backward pass."""
+        for block in self._blocks():
+            block.recompute = wanted
+
     @property
     def once(self) -> bool:
         """Whether every key is encoded once, so that a cache can hold it."""

@@ -110,11 +110,14 @@ def inspect(checkpoint: Path) -> str | None:
     return f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is not what was written." if wrong else None
 
 
-def restore(folder: Path, update: int, model: Decoder) -> dict[str, Any]:
-    """Load the weights of a checkpoint into the model; the answer is its training state."""
+def restore(folder: Path, update: int, model: Decoder, *, mapped: bool = False) -> dict[str, Any]:
+    """Load the weights of a checkpoint into the model; the answer is its training state.
+
+    A mapped state is read as it is used: processes that each take a part need not all hold the whole.
+    """
     checkpoint = folder / "checkpoints" / str(update)
     load_model(model, str(checkpoint / WEIGHTS), device=str(model.embedding.weight.device))
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,8 @@ FREE = (  # what may change when a run goes on
     "training.evaluate_every",
     "training.tracking",
     "training.on_out_of_memory",
+    "training.parallel",
+    "training.checkpoint_activations",
 )
 
 

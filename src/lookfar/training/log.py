@@ -1,6 +1,7 @@
 """The log of a run: JSON lines in its folder, the same in a tracker where one is set, and events for who watches."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,13 @@ class Log:
 
 
 @contextmanager
-def opened(folder: Path, run: Run, watch: Watch) -> Iterator[Log]:
-    """The log of a run, to be gone on with."""
-    tracking = Tracking(folder, run)
+def opened(folder: Path, run: Run, watch: Watch, *, silent: bool = False) -> Iterator[Log]:
+    """The log of a run, to be gone on with; a silent one only tells who watches."""
+    settings = run.training.model_copy(update={"tracking": None}) if silent else run.training
+    tracking = Tracking(folder, run.model_copy(update={"training": settings}))
+    place = Path(os.devnull) if silent else folder / run_folder.LOG
     try:
-        with (folder / run_folder.LOG).open("a", encoding="utf-8") as file:
+        with place.open("a", encoding="utf-8") as file:
             yield Log(file, tracking, watch)
     finally:
         tracking.close()

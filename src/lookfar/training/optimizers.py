@@ -7,6 +7,7 @@ from torch import nn
 
 from lookfar.config import TrainingConfig
 from lookfar.methods.base import Method
+from lookfar.training.sharding import ShardedAdamW, sharded
 
 
 class Together:
@@ -40,12 +41,13 @@ class Together:
             each.load_state_dict(state[name])
 
 
-Optimizer = torch.optim.Optimizer | Together
+Optimizer = torch.optim.Optimizer | Together | ShardedAdamW
 
 
-def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer | ShardedAdamW:
     """AdamW, fused (Loshchilov and Hutter, 2019, arXiv 1711.05101)."""
-    return _adamw(model, _learned(model), config)
+    plain = _adamw(model, _learned(model), config)
+    return ShardedAdamW(plain, fused=True) if sharded(model) else plain
 
 
 def muon(model: nn.Module, config: TrainingConfig) -> Together:

@@ -9,12 +9,18 @@ from lookfar.evaluation.base import Row
 from lookfar.training import folder as run_folder
 from lookfar.training.log import Watch
 from lookfar.training.measure import measure, text_of
+from lookfar.training.processes import is_first
 from lookfar.training.train import train
 
 
 def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> list[Row]:
-    """Train and measure; what is done already is not done again. The answer is all rows of the folder."""
+    """Train and measure; what is done already is not done again. The answer is all rows of the folder.
+
+    Of several processes the first measures, alone.
+    """
     model = train(run, folder, watch, profile=profile)
+    if not is_first():
+        return []
     corpus = open_corpus(run.data)
     measure(
         model,

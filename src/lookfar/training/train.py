@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lookfar.evaluation import protocols
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
-from lookfar.training import checkpoint, objectives, optimizers, start
+from lookfar.training import checkpoint, objectives, optimizers, sharding, start
 from lookfar.training import folder as run_folder
 from lookfar.training import log as run_log
 from lookfar.training.check import check
@@ -30,6 +30,8 @@ from lookfar.training.measure import about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
+from lookfar.training.processes import Processes, joined
+from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
 from lookfar.training.schedules import budgets, rate
 
@@ -45,13 +47,20 @@ class Interrupted(Exception):
 def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> Decoder:
     """Train a run to its end, from its last checkpoint where there is one; the answer is the trained model.
 
-    With `profile` the trace of a few updates is written into the folder.
+    With `profile` the trace of a few updates is written into the folder. Several processes, each of which calls this,
+    divide every batch; the first alone writes.
 
     Raises:
         UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite.
         Interrupted: SIGINT or SIGTERM came; the run is saved and the same call goes on from there.
     """
     check(run)
+    with joined(run.model.device) as processes:
+        check_share(run, processes)
+        return _train(run, folder, watch, profile, processes)
+
+
+def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Processes) -> Decoder:
     corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
     run = with_vocabulary(run, corpus)
     config = run.training
@@ -59,24 +68,29 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
     lines = corpus.lines(context=run.model.context, seed=config.seed)
     if not checkpoint.updates(folder):
         start.refuse(run, corpus.label)
-    with run_folder.claim(folder), torch.random.fork_rng(), _asked_to_stop() as asked:
-        run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
-        corpus.tokenizer.save(folder)
+    with _claimed(folder, processes), torch.random.fork_rng(), _asked_to_stop() as asked:
+        last = processes.only_first(partial(_prepare, folder, run, corpus))
         torch.manual_seed(config.seed)
         model = Decoder(run.model).train()
-        optimizer = optimizers.build(model, config)
-        pieces = Pieces(model, run)
-        first, seconds = _resume(folder, run, corpus.label, model, optimizer, pieces)
-        if first < config.updates:
-            run_folder.forget_rows(folder)  # they were measured before what is trained now
+        first, state = _begin(folder, run, corpus.label, model, last)
+        model.recompute(config.checkpoint_activations)
+        if config.parallel == "sharded" and processes.count > 1:
+            sharding.shard(model)
+        optimizer, pieces = optimizers.build(model, config), Pieces(model, run, processes)
+        seconds = _go_on(state, optimizer, pieces)
         watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
         started = time.monotonic() - seconds
-        with run_log.opened(folder, run, watch) as log, profiled(folder, profile, log.tell) as step_of_profile:
+        with (
+            run_log.opened(folder, run, watch, silent=not processes.first) as log,
+            profiled(folder, profile and processes.first, log.tell) as step_of_profile,
+        ):
             for update in range(first, config.updates):
                 for group in optimizer.param_groups:
                     group["lr"] = config.rate * rate(update, config)
-                loss = pieces.compute(update, partial(_accumulate, model, lines, update, run), log.note)
-                norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf))
+                share = partial(_accumulate, model, lines, update, run, processes)
+                loss = processes.mean(pieces.compute(update, share, log.note))
+                processes.average(model.parameters())
+                norm = sharding.clip(model, config.clip or math.inf)
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     raise UserError(_not_finite(folder, update, loss, norm, config.batch))
                 optimizer.step()
@@ -94,32 +108,28 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
                 watch({"event": "update", "updates": config.updates, **line})
                 better = None
                 if config.evaluate_every and done % config.evaluate_every == 0:
-                    held_out = _held_out(model, corpus, run)
+                    held_out = _held_out(model, corpus, run)  # by all: a sharded model needs them
                     log.write({"update": done, "valid_loss": held_out})
-                    better = (
-                        held_out if held_out < checkpoint.read_manifest(folder).get("best_loss", math.inf) else None
-                    )
+                    better = processes.only_first(partial(_better, folder, held_out))
                 due = (
                     better is not None
                     or done == config.updates
                     or done in kept
                     or (config.checkpoint_every and done % config.checkpoint_every == 0)
                 )
-                if due or asked:
-                    _save(folder, done, model, optimizer, pieces, seconds)
-                    if better is not None:
-                        checkpoint.note_best(folder, done, better)
-                    checkpoint.thin(folder, config.keep, config.checkpoint_every, kept)
+                stop = processes.largest(asked[0] if asked else 0)  # the signal that any of them got
+                if due or stop:
+                    _save(folder, done, model, optimizer, pieces, seconds, better)
                 step_of_profile()
-                if asked and done < config.updates:
-                    raise Interrupted(done, asked[0])
+                if stop and done < config.updates:
+                    raise Interrupted(done, stop)
         if config.updates == 0:
             _save(folder, 0, model, optimizer, pieces, seconds)
-        checkpoint.finish(folder, config.updates)
-        run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
-        if asked:  # in the last update: all is done, and nothing more is wanted
-            raise Interrupted(config.updates, asked[0])
-        return model.eval()
+        whole = sharding.gathered(model, keep=True) or model
+        processes.only_first(partial(_finish, folder, run, corpus, whole, seconds))
+        if stop := processes.largest(asked[0] if asked else 0):  # in the last update: nothing more is wanted
+            raise Interrupted(config.updates, stop)
+        return whole.eval()
 
 
 def with_vocabulary(run: Run, corpus: Corpus) -> Run:
@@ -135,54 +145,89 @@ def count_parameters(model: Decoder) -> int:
     return sum(each.numel() for each in model.parameters())
 
 
-def _accumulate(model: Decoder, lines: Lines | Mixture, update: int, run: Run, accumulation: int) -> float:
-    """The gradients and the mean loss of one batch, a piece at a time."""
+def _accumulate(
+    model: Decoder, lines: Lines | Mixture, update: int, run: Run, processes: Processes, accumulation: int
+) -> float:
+    """The gradients and the mean loss of this process's share of a batch, a piece at a time."""
     config, device, total = run.training, model.embedding.weight.device, 0.0
-    size = config.batch // accumulation
+    share = config.batch // processes.count
+    size = share // accumulation
+    if processes.count > 1:  # each drops others, by its place alone: the number of processes may change
+        torch.manual_seed(((config.seed * 1_000_003 + update) * processes.count + processes.rank) % 2**63)
     random = torch.Generator().manual_seed((config.seed * 1_000_003 + update) % 2**63)  # of the place: none is saved
     numbers = numbering.find(config.numbering, run.model.context)(config.batch, run.model.context, random)
     chances = torch.rand(config.batch, run.model.context, generator=random)
     objective = objectives.find(config.objective, run.model)
     for piece in range(accumulation):
-        first = update * config.batch + piece * size
+        place = processes.rank * share + piece * size  # in the batch
+        first = update * config.batch + place
         several = numbers is not None and len(numbers) > 1
-        positions = numbers[piece * size : (piece + 1) * size] if several and numbers is not None else numbers
+        positions = numbers[place : place + size] if several and numbers is not None else numbers
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
         found = lines.documents(first, size)
         documents = None if found is None else torch.from_numpy(found).to(device)
         if positions is not None and documents is not None:  # each begins with the first numbers of the line
             positions = positions.expand(size, -1).gather(1, consecutive(documents[:, :-1]))
-        chance = chances[piece * size : (piece + 1) * size].to(device)
-        with autocast(config.precision, run.model.dtype, device):
+        chance = chances[place : place + size].to(device)
+        with autocast(config.precision, run.model.dtype, device, keep=not sharding.sharded(model)):
             loss = objective(model, tokens, positions, chance, documents) / accumulation
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def _resume(
-    folder: Path, run: Run, label: str, model: Decoder, optimizer: Optimizer, pieces: Pieces
-) -> tuple[int, float]:
-    """Go on from the newest whole checkpoint, or begin: updates done, and seconds spent on them."""
+@contextmanager
+def _claimed(folder: Path, processes: Processes) -> Iterator[None]:
+    """Hold the folder, by the first process for all."""
+    with ExitStack() as held:
+        processes.only_first(lambda: held.enter_context(run_folder.claim(folder)))
+        yield
+
+
+def _prepare(folder: Path, run: Run, corpus: Corpus) -> int | None:
+    """Make the folder ready to be worked in; the answer is the newest whole checkpoint."""
+    run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
+    corpus.tokenizer.save(folder)
     checkpoint.sweep(folder)
-    update = checkpoint.newest(folder)
-    checkpoint.drop_after(folder, update)
-    run_folder.trim_log(folder, update or 0)
-    if update is None:
-        update, state = start.begin(run, label, model)
-    else:
-        state = checkpoint.restore(folder, update, model)
+    last = checkpoint.newest(folder)
+    checkpoint.drop_after(folder, last)
+    run_folder.trim_log(folder, last or 0)
+    if last is None or last < run.training.updates:
+        run_folder.forget_rows(folder)  # they were measured before what is trained now
+    return last
+
+
+def _begin(folder: Path, run: Run, label: str, model: Decoder, last: int | None) -> tuple[int, dict[str, Any] | None]:
+    """Bring the model to its last checkpoint, or to where the run begins: updates done, and the training state."""
+    if last is None:
+        return start.begin(run, label, model)
+    return last, checkpoint.restore(folder, last, model, mapped=run.training.parallel == "sharded")
+
+
+def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -> float:
+    """Take up the training state, where there is one; the answer is the seconds spent before."""
     if state is None:
-        return update, 0.0
+        return 0.0
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
-    pieces.accumulation = state.get("accumulation", pieces.accumulation)
+    pieces.go_on_with(state.get("accumulation", pieces.accumulation))
     start.restore_random(state)
-    return update, float(state["seconds"])
+    return float(state["seconds"])
 
 
-def _save(folder: Path, update: int, model: Decoder, optimizer: Optimizer, pieces: Pieces, seconds: float) -> None:
+def _save(
+    folder: Path,
+    update: int,
+    model: Decoder,
+    optimizer: Optimizer,
+    pieces: Pieces,
+    seconds: float,
+    better: float | None = None,
+) -> None:
+    """Publish a checkpoint, which does not depend on how many processes there are; all of them must come here."""
+    processes, config = pieces.processes, pieces.run.training
+    whole = sharding.gathered(model, keep=processes.first, device="cpu")
     state = {
         "optimizer": optimizer.state_dict(),
         "accumulation": pieces.accumulation,
@@ -190,7 +235,25 @@ def _save(folder: Path, update: int, model: Decoder, optimizer: Optimizer, piece
         "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "seconds": seconds,
     }
-    checkpoint.save(folder, update, model, state)
+
+    def publish() -> None:
+        checkpoint.save(folder, update, whole or model, state)
+        if better is not None:
+            checkpoint.note_best(folder, update, better)
+        if update:
+            checkpoint.thin(folder, config.keep, config.checkpoint_every, budgets(config.schedule))
+
+    processes.only_first(publish)
+
+
+def _finish(folder: Path, run: Run, corpus: Corpus, model: Decoder, seconds: float) -> None:
+    checkpoint.finish(folder, run.training.updates)
+    run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
+
+
+def _better(folder: Path, held_out: float) -> float | None:
+    """The held-out loss, where it is the lowest so far."""
+    return held_out if held_out < checkpoint.read_manifest(folder).get("best_loss", math.inf) else None
 
 
 @contextmanager
@@ -217,6 +280,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
     model.eval()
+    sharding.gather_ends(model)
     with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
         rows = Perplexity().measure(
             model,
@@ -225,6 +289,7 @@ def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
             protocol=protocols.find("non_overlapping(tokens=16384)"),
             progress=lambda what, part: None,
         )
+    sharding.divide_again(model)
     model.train()
     return next(row["value"] for row in rows if row["metric"] == "loss")
 
