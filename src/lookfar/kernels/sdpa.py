@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lookfar.attention.reference import absorb
@@ -108,6 +109,7 @@ class _AttendWithSink(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable  # the joined log-sum-exp is a constant here
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, output, joined, sink, mask = ctx.saved_tensors
         gradient = gradients[0].contiguous()

@@ -33,6 +33,8 @@ class LayerCache:
 
     def _write(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         stop = start + keys.shape[2]
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            return self._beside(keys, values, start)
         if start == 0:
             self._keys = torch.empty_like(self._keys, dtype=keys.dtype, device=keys.device)
             self._values = torch.empty_like(self._values, dtype=values.dtype, device=values.device)
@@ -42,6 +44,15 @@ class LayerCache:
         self._keys[:, :, start:stop] = keys
         self._values[:, :, start:stop] = values
         return self._keys[:, :, :stop].to(keys.dtype), self._values[:, :, :stop].to(values.dtype)
+
+    def _beside(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """As `_write`, into new buffers: a backward pass still needs the old ones."""
+        if start:
+            keys = torch.cat([self._keys[:, :, :start].to(keys.dtype), keys], dim=2)
+            values = torch.cat([self._values[:, :, :start].to(values.dtype), values], dim=2)
+        if self.length > start:  # stored, not only shown
+            self._keys, self._values = keys, values
+        return keys, values
 
 
 class Cache:
