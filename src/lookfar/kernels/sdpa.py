@@ -110,7 +110,9 @@ class _AttendWithSink(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # the joined log-sum-exp is a constant here
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of ctx
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
         queries, keys, values, output, joined, sink, mask = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         inner = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
