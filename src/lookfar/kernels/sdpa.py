@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lookfar.attention.reference import absorb
@@ -109,10 +108,7 @@ class _AttendWithSink(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # the joined log-sum-exp is a constant here
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of ctx
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, output, joined, sink, mask = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         inner = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
