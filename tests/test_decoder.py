@@ -449,3 +449,19 @@ def test_an_attention_layer_takes_a_built_scheme_and_a_kernel():
     assert layer.scheme is scheme
     with pytest.raises(UserError, match="The kernel sdpa does not take this call"):
         layer(torch.randn(1, 3, 24))
+
+
+@pytest.mark.parametrize("first", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("second", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_cache_can_be_filled_in_one_mode_and_read_in_another(first, second, frozen):
+    model = build(groups=2, dtype="float64").requires_grad_(not frozen)
+    cache = model.cache(batch=2, length=32)
+    with first():
+        model(words()[:, :7], cache=cache)
+    with second():
+        got = [model(words()[:, 7:9], cache=cache), model(words()[:, 9:], cache=cache)]
+    assert_near(torch.cat([each.detach() for each in got], dim=1), model(words())[:, 7:].detach())
+    if second is torch.enable_grad and not frozen:
+        got[-1].sum().backward()
+        assert all(torch.isfinite(each.grad).all() for each in model.parameters() if each.grad is not None)

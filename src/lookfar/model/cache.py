@@ -33,7 +33,7 @@ class LayerCache:
 
     def _write(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
         stop = start + keys.shape[2]
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        if not (_may_write(keys, self._keys) and _may_write(values, self._values)):
             return self._beside(keys, values, start)
         if start == 0:
             self._keys = torch.empty_like(self._keys, dtype=keys.dtype, device=keys.device)
@@ -46,7 +46,7 @@ class LayerCache:
         return self._keys[:, :, :stop].to(keys.dtype), self._values[:, :, :stop].to(values.dtype)
 
     def _beside(self, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """As `_write`, into new buffers: a backward pass still needs the old ones."""
+        """As `_write`, into new buffers: the old ones are needed as they are."""
         if start:
             keys = torch.cat([self._keys[:, :, :start].to(keys.dtype), keys], dim=2)
             values = torch.cat([self._values[:, :, :start].to(values.dtype), values], dim=2)
@@ -73,3 +73,9 @@ def _grown(buffer: Tensor, size: int) -> Tensor:
     grown = buffer.new_empty(*buffer.shape[:2], size, buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
+
+
+def _may_write(new: Tensor, stored: Tensor) -> bool:
+    """Whether a buffer can be written where it lies: neither a backward pass nor inference mode holds it."""
+    graph = stored.requires_grad or (new.requires_grad and torch.is_grad_enabled())
+    return not graph and (torch.is_inference_mode_enabled() or not stored.is_inference())
