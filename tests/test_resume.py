@@ -286,12 +286,20 @@ def test_a_run_survives_being_killed_often(recipe, tmp_path, seed):
     assert_survives_kills(recipe, tmp_path, seed, kills=20)
 
 
+def wait_for_checkpoint(place, update):
+    """Return once a checkpoint is published and told in the manifest."""
+    end = time.monotonic() + 60
+    while checkpoint.read_manifest(place).get("last") != update:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 class Crash(BaseException):
     """Stands for a process that is killed: nothing catches it."""
 
 
 STEPS = [
-    (checkpoint, "save_model"),
+    (checkpoint, "save_file"),
     (checkpoint.torch, "save"),
     (checkpoint.files, "digest"),
     (checkpoint.files, "sync"),
@@ -319,7 +327,9 @@ def test_a_crash_at_any_step_of_saving_loses_nothing_earlier(a_run, tmp_path, mo
         return result
 
     def arm(event):
-        armed[:] = [True] if event["event"] == "update" and event["update"] == 6 else []
+        if event["event"] == "update" and event["update"] == 6:  # it is saved while the next are computed
+            wait_for_checkpoint(tmp_path, 3)
+            armed[:] = [True]
 
     monkeypatch.setattr(owner, step, fatal)
     if step == "rmtree":  # only then is something removed
@@ -343,11 +353,12 @@ def full(*arguments, **settings):
 
 
 @pytest.mark.parametrize(
-    ("owner", "step"), [(checkpoint, "save_model"), (checkpoint.torch, "save"), (checkpoint.files, "sync")]
+    ("owner", "step"), [(checkpoint, "save_file"), (checkpoint.torch, "save"), (checkpoint.files, "sync")]
 )
 def test_a_full_disk_is_told_and_harms_no_earlier_checkpoint(a_run, tmp_path, monkeypatch, whole, owner, step):
     def fill(event):
         if event["event"] == "update" and event["update"] == 6:
+            wait_for_checkpoint(tmp_path, 3)
             monkeypatch.setattr(owner, step, full)
 
     with pytest.raises(UserError, match=r"checkpoint of update 6 could not be written.*No space left.*Make room"):

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from threading import Event
 
 import pytest
 import torch
@@ -53,9 +54,9 @@ def a_run(book):
     return build
 
 
-def weights(place):
-    """The bytes of the last weights, as one number."""
-    last = max(checkpoint.updates(place))
+def weights(place, update=None):
+    """The bytes of the weights, by default the last, as one number."""
+    last = max(checkpoint.updates(place)) if update is None else update
     return hashlib.sha256((place / "checkpoints" / str(last) / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -295,6 +296,7 @@ SEEN_ELSEWHERE = {
     "keep",
     "evaluate_every",
     "on_out_of_memory",
+    "skip_not_finite",
     "tracking",
 }
 
@@ -326,20 +328,59 @@ def test_a_loss_that_is_not_finite_is_told_with_its_update(a_run, tmp_path):
     assert all(math.isfinite(line["loss"]) for line in log(tmp_path))
 
 
-def test_a_gradient_that_is_not_finite_is_told_before_it_is_learned(a_run, tmp_path, monkeypatch):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+@pytest.fixture
+def explode_at(monkeypatch):
+    """The gradient of some calls of clipping, counted from 1, becomes infinite."""
+    clip = torch.nn.utils.clip_grad_norm_
 
-    def explode(parameters, *arguments):
-        parameters = list(parameters)
-        calls.append(1)
-        if len(calls) == 3:
-            parameters[0].grad.view(-1)[0] = math.inf
-        return clip(parameters, *arguments)
+    def arrange(*fatal):
+        calls = []
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+        def explode(parameters, *arguments):
+            parameters = list(parameters)
+            calls.append(1)
+            if len(calls) in fatal:
+                parameters[0].grad.view(-1)[0] = math.inf
+            return clip(parameters, *arguments)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+
+    return arrange
+
+
+def test_a_gradient_that_is_not_finite_is_told_before_it_is_learned(a_run, tmp_path, explode_at):
+    explode_at(3)
     with pytest.raises(UserError, match="update 3"):
         train(a_run("training.checkpoint_every=1", "training.updates=3"), tmp_path)
     assert all(each.isfinite().all() for each in lookfar.load(tmp_path).state_dict().values())
+
+
+def test_updates_that_are_not_finite_are_passed_over_up_to_a_limit(a_run, tmp_path, explode_at):
+    explode_at(3, 5, 6)
+    run, notes = a_run("training.checkpoint_every=1", "training.updates=7", "training.skip_not_finite=2"), []
+    with pytest.raises(
+        UserError, match=r"gradient of update 6 is inf.*checkpoints/5\..* 2 such updates were passed over"
+    ):
+        train(run, tmp_path, lambda event: notes.append(event["text"]) if event["event"] == "note" else None)
+    assert [note.split(" is ")[0] for note in notes] == ["The gradient of update 3", "The gradient of update 5"]
+    assert all(note.endswith("It is passed over.") for note in notes)
+    lines = [line for line in files.read_lines(tmp_path / "log.jsonl") if "norm" in line]
+    assert [line["update"] for line in lines if line["norm"] is None] == [3, 5]
+    explode_at(2)  # update 7: the two from before still count
+    with pytest.raises(UserError, match=r"update 7.* 2 such updates"):
+        train(run, tmp_path)
+    explode_at()
+    assert all(each.isfinite().all() for each in train(run, tmp_path).state_dict().values())
+
+
+def test_an_update_that_is_passed_over_leaves_weights_and_optimizer_as_they_were(a_run, tmp_path, explode_at):
+    explode_at(3)
+    train(a_run("training.checkpoint_every=1", "training.keep=9", "training.skip_not_finite=1"), tmp_path)
+    before, after = (torch.load(tmp_path / "checkpoints" / str(n) / "state.pt", weights_only=True) for n in (2, 3))
+    assert weights(tmp_path, 2) == weights(tmp_path, 3) != weights(tmp_path, 4)
+    assert [each["step"] for each in before["optimizer"]["state"].values()] == [
+        each["step"] for each in after["optimizer"]["state"].values()
+    ]
 
 
 # Randomness
@@ -385,11 +426,31 @@ def test_a_checkpoint_holds_weights_state_and_their_hashes(a_run, tmp_path):
     hashes = json.loads((place / "hashes.json").read_text())
     assert hashes == {name: files.digest(place / name) for name in ("model.safetensors", "state.pt")}
     state = torch.load(place / "state.pt", weights_only=True)
-    assert set(state) == {"optimizer", "accumulation", "random", "random_cuda", "seconds"}
+    assert set(state) == {"optimizer", "accumulation", "random", "random_cuda", "seconds", "skipped"}
     assert json.loads((tmp_path / "manifest.json").read_text()) == {"finished": 4, "last": 4}
     left = {each.name for each in tmp_path.iterdir()}
     assert left == {".lock", "checkpoints", "log.jsonl", "manifest.json", "rows.jsonl", "run.toml", "tokenizer.json"}
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_checkpoint_is_written_while_the_next_updates_are_computed(a_run, tmp_path, monkeypatch):
+    write, later, told = checkpoint.save_file, Event(), []
+
+    def slow(*arguments, **settings):
+        told.append(later.wait(timeout=60))
+        write(*arguments, **settings)
+
+    def watch(event):
+        if event["event"] == "update" and event["update"] == 3:
+            assert checkpoint.updates(tmp_path / "slow") == []
+            later.set()
+
+    settings = "training.schedule=constant", "training.warmup=0"
+    train(a_run(*settings, "training.updates=2"), tmp_path / "straight")
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    train(a_run(*settings, "training.checkpoint_every=2", "training.keep=9"), tmp_path / "slow", watch)
+    assert told == [True, True]
+    assert weights(tmp_path / "slow", 2) == weights(tmp_path / "straight") != weights(tmp_path / "slow", 4)
 
 
 def test_the_recipe_in_the_folder_is_the_run(a_run, tmp_path):

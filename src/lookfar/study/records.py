@@ -131,7 +131,7 @@ def _read(folder: Path, source: Path) -> list[Record]:
     """The runs of a folder: one, unless its rows have several schemes or seeds; the trained one comes first."""
     settings = read_toml(folder / "run.toml") if (folder / "run.toml").is_file() else {}
     lines = files.read_lines(folder / "log.jsonl")
-    losses = {line["update"]: float(line["loss"]) for line in lines if "update" in line and "loss" in line}
+    losses = {line["update"]: float(line["loss"]) for line in lines if line.get("loss") is not None}
     error = folder / "error.txt"
     failure = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import Tensor, nn
 
 from lookfar import files, plugins
 from lookfar.config import Run
@@ -21,7 +22,13 @@ from lookfar.training import folder as run_folder
 WEIGHTS, STATE, HASHES = "model.safetensors", "state.pt", "hashes.json"
 
 
-def save(folder: Path, update: int, model: Decoder, state: dict[str, Any]) -> Path:
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all that a model has learned, in the memory of the processor; what is shared comes once."""
+    once = {id(each): (name, each) for name, each in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: each.detach().to("cpu", copy=True).contiguous() for name, each in reversed(once.values())}
+
+
+def save(folder: Path, update: int, weights: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Publish `checkpoints/<update>`: the weights, and the state that training goes on from.
 
     Raises:
@@ -32,7 +39,7 @@ def save(folder: Path, update: int, model: Decoder, state: dict[str, Any]) -> Pa
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_model(model, str(aside / WEIGHTS))
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
         torch.save(state, aside / STATE)
         hashes = {name: files.digest(aside / name) for name in (WEIGHTS, STATE)}
         (aside / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ FREE = (  # what may change when a run goes on
     "training.evaluate_every",
     "training.tracking",
     "training.on_out_of_memory",
+    "training.skip_not_finite",
     "training.parallel",
     "training.checkpoint_activations",
 )

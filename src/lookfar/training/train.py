@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lookfar.batch import consecutive
-from lookfar.config import Run
+from lookfar.config import Run, TrainingConfig
 from lookfar.data.corpus import Corpus, open_corpus
 from lookfar.data.mixture import Mixture
 from lookfar.data.packing import Lines
@@ -25,7 +25,7 @@ from lookfar.training import checkpoint, objectives, optimizers, sharding, start
 from lookfar.training import folder as run_folder
 from lookfar.training import log as run_log
 from lookfar.training.check import check
-from lookfar.training.log import Watch
+from lookfar.training.log import Log, Watch
 from lookfar.training.measure import about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
@@ -33,6 +33,7 @@ from lookfar.training.precision import autocast
 from lookfar.training.processes import Processes, joined
 from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
+from lookfar.training.saving import Saver
 from lookfar.training.schedules import budgets, rate
 
 
@@ -77,12 +78,13 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
         if config.parallel == "sharded" and processes.count > 1:
             sharding.shard(model)
         optimizer, pieces = optimizers.build(model, config), Pieces(model, run, processes)
-        seconds = _go_on(state, optimizer, pieces)
+        seconds, skipped = _go_on(state, optimizer, pieces)
         watch({"event": "start", "update": first, "updates": config.updates, "parameters": count_parameters(model)})
         started = time.monotonic() - seconds
         with (
             run_log.opened(folder, run, watch, silent=not processes.first) as log,
             profiled(folder, profile and processes.first, log.tell) as step_of_profile,
+            Saver(folder, pieces) as saver,
         ):
             for update in range(first, config.updates):
                 for group in optimizer.param_groups:
@@ -91,9 +93,12 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
                 loss = processes.mean(pieces.compute(update, share, log.note))
                 processes.average(model.parameters())
                 norm = sharding.clip(model, config.clip or math.inf)
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise UserError(_not_finite(folder, update, loss, norm, config.batch))
-                optimizer.step()
+                if math.isfinite(loss) and math.isfinite(norm):
+                    optimizer.step()
+                else:
+                    saver.wait()
+                    skipped += 1
+                    _pass_over(folder, update, loss, norm, config, skipped, log)
                 optimizer.zero_grad()
                 seconds, done = time.monotonic() - started, update + 1
                 line = {
@@ -104,11 +109,12 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
                     "tokens": done * config.batch * run.model.context,
                     "seconds": round(seconds, 3),
                 }
-                log.write(line)
+                log.write({key: _finite(value) for key, value in line.items()})
                 watch({"event": "update", "updates": config.updates, **line})
                 better = None
                 if config.evaluate_every and done % config.evaluate_every == 0:
                     held_out = _held_out(model, corpus, run)  # by all: a sharded model needs them
+                    saver.wait()  # for the best so far
                     log.write({"update": done, "valid_loss": held_out})
                     better = processes.only_first(partial(_better, folder, held_out))
                 due = (
@@ -119,12 +125,15 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
                 )
                 stop = processes.largest(asked[0] if asked else 0)  # the signal that any of them got
                 if due or stop:
-                    _save(folder, done, model, optimizer, pieces, seconds, better)
+                    saver.save(done, model, optimizer, {"seconds": seconds, "skipped": skipped}, better)
                 step_of_profile()
                 if stop and done < config.updates:
+                    saver.wait()
                     raise Interrupted(done, stop)
-        if config.updates == 0:
-            _save(folder, 0, model, optimizer, pieces, seconds)
+                saver.check()
+            if config.updates == 0:
+                saver.save(0, model, optimizer, {"seconds": seconds, "skipped": skipped})
+            saver.wait()
         whole = sharding.gathered(model, keep=True) or model
         processes.only_first(partial(_finish, folder, run, corpus, whole, seconds))
         if stop := processes.largest(asked[0] if asked else 0):  # in the last update: nothing more is wanted
@@ -205,45 +214,20 @@ def _begin(folder: Path, run: Run, label: str, model: Decoder, last: int | None)
     return last, checkpoint.restore(folder, last, model, mapped=run.training.parallel == "sharded")
 
 
-def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -> float:
-    """Take up the training state, where there is one; the answer is the seconds spent before."""
+def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -> tuple[float, int]:
+    """Take up the training state, where there is one: the seconds spent before, and the updates passed over."""
     if state is None:
-        return 0.0
+        return 0.0, 0
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
     pieces.go_on_with(state.get("accumulation", pieces.accumulation))
     start.restore_random(state)
-    return float(state["seconds"])
+    return float(state["seconds"]), int(state.get("skipped", 0))
 
 
-def _save(
-    folder: Path,
-    update: int,
-    model: Decoder,
-    optimizer: Optimizer,
-    pieces: Pieces,
-    seconds: float,
-    better: float | None = None,
-) -> None:
-    """Publish a checkpoint, which does not depend on how many processes there are; all of them must come here."""
-    processes, config = pieces.processes, pieces.run.training
-    whole = sharding.gathered(model, keep=processes.first, device="cpu")
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "accumulation": pieces.accumulation,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "seconds": seconds,
-    }
-
-    def publish() -> None:
-        checkpoint.save(folder, update, whole or model, state)
-        if better is not None:
-            checkpoint.note_best(folder, update, better)
-        if update:
-            checkpoint.thin(folder, config.keep, config.checkpoint_every, budgets(config.schedule))
-
-    processes.only_first(publish)
+def _finite(value: int | float) -> int | float | None:
+    """The value for a log: JSON has no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def _finish(folder: Path, run: Run, corpus: Corpus, model: Decoder, seconds: float) -> None:
@@ -303,6 +287,17 @@ def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, secon
     }
     row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
     return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
+
+
+def _pass_over(
+    folder: Path, update: int, loss: float, norm: float, config: TrainingConfig, skipped: int, log: Log
+) -> None:
+    """Note an update that is not learned from, or raise a `UserError` where that is one too many."""
+    told = _not_finite(folder, update, loss, norm, config.batch)
+    if skipped > config.skip_not_finite:
+        allowed = f" {config.skip_not_finite} such updates were passed over before." if config.skip_not_finite else ""
+        raise UserError(told + allowed)
+    log.note({"update": update + 1, "skipped": skipped, "note": f"{told} It is passed over."})
 
 
 def _not_finite(folder: Path, update: int, loss: float, norm: float, batch: int) -> str:
