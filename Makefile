@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo test test-long check bench docs clean
+.PHONY: setup demo test test-long check bench soak docs clean
 
 setup: $(READY)
 
@@ -32,6 +32,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --folder results/cpu
+
+soak: $(READY)
+	$(BIN)/python tests/soak.py --kills 200
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -119,3 +119,13 @@ def test_a_crash_while_lines_are_written_keeps_the_old_lines(tmp_path, monkeypat
     with pytest.raises(Crash):
         files.write_lines(file, [{"a": 2}])
     assert json.loads(file.read_text()) == {"a": 1}
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
+    for name in (".rows.jsonl.4711", ".manifest.json.1", ".lock", ".keep.me", "rows.jsonl", "checkpoint.12"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".folder.7").mkdir()
+    files.sweep(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        [".lock", ".keep.me", "rows.jsonl", "checkpoint.12", ".folder.7"]
+    )

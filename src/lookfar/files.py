@@ -21,6 +21,13 @@ def write(file: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed writers have left half-written in a folder; nobody else may write in it."""
+    for aside in folder.glob(".*.*"):
+        if aside.suffix[1:].isdigit() and aside.is_file():
+            aside.unlink(missing_ok=True)
+
+
 def sync(file: Path) -> None:
     """Wait until a file lies on the disk."""
     with file.open("rb+") as opened:

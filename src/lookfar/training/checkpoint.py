@@ -1,6 +1,7 @@
 """Checkpoints: published whole by one rename, checked by their hashes, damaged ones passed over."""
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -70,6 +71,17 @@ def note_best(folder: Path, update: int, loss: float) -> None:
     files.write(folder / run_folder.MANIFEST, _spell({**read_manifest(folder), "best": update, "best_loss": loss}))
 
 
+def recall_best(folder: Path, update: int) -> None:
+    """Note this checkpoint as the best where the log says so: a run may be killed between its save and its note."""
+    found = [
+        line["valid_loss"]
+        for line in files.read_lines(folder / run_folder.LOG)
+        if line.get("update") == update and "valid_loss" in line
+    ]
+    if found and found[-1] < read_manifest(folder).get("best_loss", math.inf):
+        note_best(folder, update, found[-1])
+
+
 def thin(folder: Path, keep: int, every: int | None, always: Collection[int] = ()) -> None:
     """Remove all checkpoints but the newest, the best, the last `keep` of those that were due, and `always`."""
     found, best = updates(folder), read_manifest(folder).get("best")
@@ -87,6 +99,7 @@ def drop_after(folder: Path, update: int | None) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what killed saves have left half-written."""
+    files.sweep(folder)
     for aside in (folder / "checkpoints").glob(".*"):
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -202,6 +202,10 @@ def _prepare(folder: Path, run: Run, corpus: Corpus) -> int | None:
     last = checkpoint.newest(folder)
     checkpoint.drop_after(folder, last)
     run_folder.trim_log(folder, last or 0)
+    if last is not None:  # it may have been killed between a checkpoint and what follows one
+        checkpoint.recall_best(folder, last)
+        config = run.training
+        checkpoint.thin(folder, config.keep, config.checkpoint_every, budgets(config.schedule))
     if last is None or last < run.training.updates:
         run_folder.forget_rows(folder)  # they were measured before what is trained now
     return last
