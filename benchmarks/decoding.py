@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from lookfar.config import ModelConfig
-from lookfar.model.decoder import Decoder, hidden_width
+from lookfar.model.decoder import Decoder
 from lookfar.model.generate import Sampling, generate
 
 LAYERS, WIDTH, HEADS, VOCABULARY, PROMPT, TOKENS = 6, 384, 6, 256, 512, 256
@@ -90,23 +91,8 @@ def _lookfar(scheme: str) -> Writes:
 
 
 def _llamas() -> dict[str, Writes]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=hidden_width(_config("rope")),
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=PROMPT + TOKENS,
-            attn_implementation="sdpa",
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    ).eval()
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    model = peers.llama(_config("rope"), longest=PROMPT + TOKENS, **none).eval()
 
     def writes(cache: str) -> Writes:
         def write(prompt: Tensor, tokens: int) -> Any:
@@ -126,27 +112,8 @@ def _llamas() -> dict[str, Writes]:
 
 
 def _x_transformers() -> Writes:
-    from x_transformers import AutoregressiveWrapper, TransformerWrapper
-    from x_transformers import Decoder as Layers
+    from x_transformers import AutoregressiveWrapper
 
-    model = TransformerWrapper(
-        num_tokens=VOCABULARY,
-        max_seq_len=PROMPT + TOKENS,
-        use_abs_pos_emb=False,
-        tie_embedding=True,
-        attn_layers=Layers(
-            dim=WIDTH,
-            depth=LAYERS,
-            heads=HEADS,
-            attn_dim_head=WIDTH // HEADS,
-            rotary_pos_emb=True,
-            attn_flash=True,
-            use_rmsnorm=True,
-            ff_glu=True,
-            ff_swish=True,
-            ff_no_bias=True,
-            ff_mult=hidden_width(_config("rope")) / WIDTH,
-        ),
-    )
+    model = peers.x_transformers(_config("rope"), longest=PROMPT + TOKENS)
     wrapped = AutoregressiveWrapper(model).eval()
     return lambda prompt, tokens: wrapped.generate(prompt, tokens, temperature=0.0, cache_kv=True)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import peers
 from benchmarks.measure import seconds
 from lookfar.config import ModelConfig
-from lookfar.model.decoder import Decoder, hidden_width
+from lookfar.model.decoder import Decoder
 
 LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, BATCH = 4, 256, 4, 256, 512, 16
 SCHEMES = ("nope", "rope", "alibi", "t5", "kerple", "rope + stable_mask", "rope + differential")
@@ -21,8 +22,10 @@ def run(repeats: int) -> list[dict[str, Any]]:
     for scheme in SCHEMES:
         model = Decoder(_config(scheme))
         models[f"lookfar {scheme}"] = model, model
-    models["transformers Llama (sdpa)"] = _llama()
-    models["x-transformers (flash, rotary)"] = _x_transformers()
+    llama = peers.llama(_config("rope"), longest=LENGTH, use_cache=False)
+    models["transformers Llama (sdpa)"] = llama, lambda tokens: llama(tokens).logits
+    other = peers.x_transformers(_config("rope"), longest=LENGTH)
+    models["x-transformers (flash, rotary)"] = other, other
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     steps = {name: _step(model, forward, tokens) for name, (model, forward) in models.items()}
     times = seconds(steps, repeats)
@@ -60,48 +63,3 @@ def _step(model: nn.Module, forward: Callable[[Tensor], Tensor], tokens: Tensor)
         optimizer.zero_grad()
 
     return step
-
-
-def _llama() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=hidden_width(_config("rope")),
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=LENGTH,
-            attn_implementation="sdpa",
-            tie_word_embeddings=True,
-            use_cache=False,
-        )
-    )
-    return model, lambda tokens: model(tokens).logits
-
-
-def _x_transformers() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    from x_transformers import Decoder as Layers
-    from x_transformers import TransformerWrapper
-
-    model = TransformerWrapper(
-        num_tokens=VOCABULARY,
-        max_seq_len=LENGTH,
-        use_abs_pos_emb=False,
-        tie_embedding=True,
-        attn_layers=Layers(
-            dim=WIDTH,
-            depth=LAYERS,
-            heads=HEADS,
-            attn_dim_head=WIDTH // HEADS,
-            rotary_pos_emb=True,
-            attn_flash=True,
-            use_rmsnorm=True,
-            ff_glu=True,
-            ff_swish=True,
-            ff_no_bias=True,
-            ff_mult=hidden_width(_config("rope")) / WIDTH,
-        ),
-    )
-    return model, model

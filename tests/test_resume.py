@@ -228,6 +228,37 @@ class Crash(BaseException):
     """Stands for a process that is killed: nothing catches it."""
 
 
+DECAYS = "training.schedule=wsd(decay=0.4)", "training.accumulation=2", "training.checkpoint_every=1"
+
+
+@pytest.fixture(scope="module")
+def whole_in_pieces(recipe, tmp_path_factory):
+    """The folder of a run of two pieces an update, and of a decay at its end, that was never interrupted."""
+    place = tmp_path_factory.mktemp("pieces") / "run"
+    train(config.read(recipe, DECAYS), place)
+    return place
+
+
+@pytest.mark.parametrize("piece", [0, 1, 2, 3, 8, 9, 10, 18, 19, 23])  # the first epoch ends in piece 9
+def test_a_run_that_breaks_off_at_any_piece_of_a_batch_ends_in_the_same_bytes(
+    a_run, tmp_path, monkeypatch, whole_in_pieces, piece
+):
+    serve, served = Lines.batch, []
+
+    def break_off(self, first, count):
+        served.append(first)
+        if len(served) == piece + 1:
+            raise Crash
+        return serve(self, first, count)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Lines, "batch", break_off)
+        train(a_run(*DECAYS), tmp_path)
+    assert (checkpoint.newest(tmp_path) or 0) == piece // 2
+    train(a_run(*DECAYS), tmp_path)
+    assert_same_end(tmp_path, whole_in_pieces)
+
+
 def soak(kills, seed):
     """`make soak`, with so many kills."""
     script = Path(__file__).with_name("soak.py")
