@@ -32,7 +32,7 @@ class Task(ABC):
 
     trained: range  # the lengths that are trained on by default
     tested: range  # the longer ones that are measured by default
-    chance: float = 0.0  # accuracy of the best constant guess
+    chance: float = 0.0  # accuracy of the best constant guess, at the longer lengths
 
     @property
     @abstractmethod
