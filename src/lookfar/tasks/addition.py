@@ -45,7 +45,7 @@ class Addition(Task):
     @property
     def symbols(self) -> Sequence[str]:
         hints = (f"h{each}" for each in range(HINTS)) if self.hints else ()
-        return (*digits, *words("Compute + ? The answer is . , = carry:"), *hints)
+        return words(*digits, "Compute + ? The answer is . , = carry:", *hints)
 
     def bins(self, length: int) -> list[tuple[int, int]]:
         """The digits of both operands in problems of this length."""

@@ -29,7 +29,7 @@ class Copy(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return tuple(dict.fromkeys((*SYMBOLS, *words("Copy: Replace with in", SEPARATOR, NEXT))))
+        return words(*SYMBOLS, "Copy: Replace with in", SEPARATOR, NEXT)
 
     def example(self, length: int, random: Random) -> Example:
         check_length("copy", length, 1)

@@ -28,7 +28,7 @@ class Counting(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return tuple(dict.fromkeys((*digits, *ascii_lowercase, *words("How many are in [ , ] ? The answer is ."))))
+        return words(*digits, *ascii_lowercase, "How many are in [ , ] ? The answer is .")
 
     def example(self, length: int, random: Random) -> Example:
         check_length("counting", length, 1)

@@ -31,7 +31,7 @@ class Lego(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return (*self._names(), *words("If = + - 1, . Then, what is the value of ? The answer is"))
+        return words(*self._names(), "If = + - 1, . Then, what is the value of ? The answer is")
 
     def asked(self, length: int) -> range:
         """The places in the chain, counted from 0, of the variables that are asked for."""

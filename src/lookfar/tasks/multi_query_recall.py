@@ -30,7 +30,7 @@ class MultiQueryRecall(Task):
     @property
     def symbols(self) -> Sequence[str]:
         keys, values = (f"k{each}" for each in range(self.keys)), (f"v{each}" for each in range(self.values))
-        return (*words("Given recall", SEPARATOR), *keys, *values)
+        return words("Given recall", SEPARATOR, *keys, *values)
 
     def example(self, length: int, random: Random) -> Example:
         check_length("multi_query_recall", length, 1)

@@ -42,7 +42,7 @@ class Needle(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return (*digits, *GREEK, *words("The number of is . What the ? answer"), *FILLER)
+        return words(*digits, *GREEK, "The number of is . What the ? answer", *FILLER)
 
     def example(self, length: int, random: Random) -> Example:
         names = random.sample(GREEK, self.needles)

@@ -21,7 +21,7 @@ class Parity(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return ("0", *words("Is the number of 1's even in the sequence [ , ] ? The answer is Yes No . ** par = :"))
+        return words("0", "Is the number of 1's even in the sequence [ , ] ? The answer is Yes No . ** par = :")
 
     def example(self, length: int, random: Random) -> Example:
         check_length("parity", length, 1)

@@ -35,7 +35,7 @@ class Passkey(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return (*digits, *words(TASK, FILLER, QUESTION, _tell("1"), "The answer is ."))
+        return words(*digits, TASK, FILLER, QUESTION, _tell("1"), "The answer is .")
 
     def example(self, length: int, random: Random) -> Example:
         number = "".join(random.choices(digits[1:], k=self.size))

@@ -22,7 +22,7 @@ class Polynomial(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return (*digits, *words("Evaluate at x = - in * + ? The answer is . sum:"))
+        return words(*digits, "Evaluate at x = - in * + ? The answer is . sum:")
 
     def example(self, length: int, random: Random) -> Example:
         check_length("polynomial", length, 1)

@@ -24,7 +24,7 @@ class Reverse(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return tuple(dict.fromkeys((*SYMBOLS, *words("Reverse:", SEPARATOR, NEXT))))
+        return words(*SYMBOLS, "Reverse:", SEPARATOR, NEXT)
 
     def example(self, length: int, random: Random) -> Example:
         check_length("reverse", length, 1)

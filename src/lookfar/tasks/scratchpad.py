@@ -22,6 +22,7 @@ class Scratchpad:
 
     Attributes:
         parts: the letters of the format, in their order.
+        names: the parts that they stand for.
         symbols: every piece that a scratchpad adds to the symbols of a task.
     """
 
@@ -30,8 +31,8 @@ class Scratchpad:
             raise UserError(f"{parts!r} is no format of a scratchpad; write each of the letters icovr at most once.")
         self.parts = "".join(each for each in PARTS if each in parts)
         self.symbols: Sequence[str] = words(_START, _BETWEEN, _END, ",", *(sum(_MARKS.values(), ())))
-        self._names = [PARTS[each] for each in self.parts]
-        marks = {name: [re.escape(mark.strip()) for mark in _MARKS[name]] for name in self._names}
+        self.names = [PARTS[each] for each in self.parts]
+        marks = {name: [re.escape(mark.strip()) for mark in _MARKS[name]] for name in self.names}
         self._step = re.compile("".join(rf"{start}(?P<{name}>.*?){end}\s*" for name, (start, end) in marks.items()))
 
     def write(self, example: Example) -> str:
@@ -60,15 +61,15 @@ class Scratchpad:
         found, gold = self.read(written), [self._read(self._write(each)) for each in example.steps]
         failed = sum(each is None for each in found) / len(gold) if found else 1.0
         if failed or len(found) != len(gold):
-            return dict.fromkeys((*self._names, "steps"), 0.0) | {"failed": failed}
+            return dict.fromkeys((*self.names, "steps"), 0.0) | {"failed": failed}
         pairs = list(zip(found, gold, strict=True))
-        scores = {name: sum(getattr(one, name) == getattr(other, name) for one, other in pairs) for name in self._names}
+        scores = {name: sum(getattr(one, name) == getattr(other, name) for one, other in pairs) for name in self.names}
         scores["steps"] = sum(one == other for one, other in pairs)
         return {name: count / len(gold) for name, count in scores.items()} | {"failed": failed}
 
     def _write(self, step: Step) -> str:
         written = []
-        for letter, name in zip(self.parts, self._names, strict=True):
+        for letter, name in zip(self.parts, self.names, strict=True):
             value = getattr(step, name)
             if value is None:
                 rest = self.parts.replace(letter, "")

@@ -1,7 +1,6 @@
 """Endless examples for training, and others for measuring: no example is ever in both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from random import Random
 
@@ -11,7 +10,6 @@ from lookfar.tasks.base import Example, Task
 PATIENCE = 1000  # draws without a new example, after which there is taken to be none
 
 
-@dataclass(frozen=True)
 class Split:
     """The examples of a task, divided by length, and within the trained lengths by a hash of their input.
 
@@ -21,18 +19,20 @@ class Split:
     by giving fewer examples than were asked for, or none.
 
     Attributes:
-        lengths: those that are trained on, each as often as it stands there.
+        lengths: those that are trained on, each as often as it stands there; by default all of `task.trained` that
+            the task has problems of.
     """
 
-    task: Task
-    lengths: Sequence[int]
-    held_out: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not self.lengths:
+    def __init__(self, task: Task, lengths: Sequence[int] | None = None, *, held_out: float = 0.1) -> None:
+        if not 0 < held_out < 1:
+            raise UserError(f"held_out ({held_out}) must lie between 0 and 1; a tenth is usual.")
+        if lengths is not None and not lengths:
             raise UserError("A split needs at least one length to train on.")
-        if not 0 < self.held_out < 1:
-            raise UserError(f"held_out ({self.held_out}) must lie between 0 and 1; a tenth is usual.")
+        for each in lengths or ():
+            task.example(each, Random(0))  # refuses a length that there is not
+        self.task = task
+        self.lengths = tuple(_existing(task, task.trained) if lengths is None else lengths)
+        self.held_out = held_out
 
     def trained(self, seed: int, index: int) -> Example:
         """Example number `index` of the training stream of a seed, which has no end and needs no state.
@@ -73,14 +73,16 @@ def buckets(task: Task, times: int = 10) -> list[int]:
 
     They end at `times` the longest trained length. A length of which the task has no problem is left out.
     """
-    longest = max(task.trained)
-    beyond = range(max(longest, *task.tested) // longest * longest + longest, times * longest + 1, longest)
-    return [each for each in (*task.trained, *task.tested, *beyond) if _exists(task, each)]
+    longest, known = max(task.trained), max(*task.trained, *task.tested)
+    beyond = range((known // longest + 1) * longest, times * longest + 1, longest)
+    return _existing(task, (*task.trained, *task.tested, *beyond))
 
 
-def _exists(task: Task, length: int) -> bool:
-    try:
-        task.example(length, Random(0))
-    except UserError:
-        return False
-    return True
+def _existing(task: Task, lengths: Sequence[int]) -> list[int]:
+    def exists(length: int) -> bool:
+        try:
+            return bool(task.example(length, Random(0)))
+        except UserError:
+            return False
+
+    return [each for each in lengths if exists(each)]

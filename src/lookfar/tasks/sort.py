@@ -30,7 +30,7 @@ class Sort(Task):
     @property
     def symbols(self) -> Sequence[str]:
         items = ORDERED if self.digits == "single" else digits
-        return (*items, *words("Sort the following list [ , ]. The sorted list is minimum of unsorted portion"))
+        return words(*items, "Sort the following list [ , ]. The sorted list is minimum of unsorted portion")
 
     def example(self, length: int, random: Random) -> Example:
         check_length("sort", length, 1)
@@ -41,21 +41,22 @@ class Sort(Task):
     def problem(self, items: Sequence[str]) -> Example:
         """The problem of these items: symbols, or numbers in decimal digits."""
         rank = ORDERED.index if self.digits == "single" else int
-        rest, steps = list(items), []
+        ranked = [(rank(item), spell(item)) for item in items]
+        rest, steps = [*ranked], []
         while rest:
-            head, least = rest[0], min(rest, key=rank)
+            head, least = rest[0], min(rest)
             rest[rest.index(least)] = head
             del rest[0]
             steps.append(
                 Step(
-                    input=spell(head),
+                    input=head[1],
                     computation="The minimum of the unsorted portion",
-                    output=spell(least),
+                    output=least[1],
                     remaining=f"[ {_list(rest)} ]",
                 )
             )
-        answer = _list(sorted(items, key=rank))
-        problem = f"Sort the following list [ {_list(items)} ]. "
+        answer = _list(sorted(ranked))
+        problem = f"Sort the following list [ {_list(ranked)} ]. "
         return Example(problem, f"The sorted list is [ {answer} ].", answer, tuple(steps))
 
     def answer(self, target: str) -> str | None:
@@ -63,5 +64,5 @@ class Sort(Task):
         return ", ".join(" ".join(item.split()) for item in found[-1].split(",")) if found else None
 
 
-def _list(items: Sequence[str]) -> str:
-    return ", ".join(map(spell, items))
+def _list(ranked: Sequence[tuple[int, str]]) -> str:
+    return ", ".join(item for _, item in ranked)

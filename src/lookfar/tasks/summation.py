@@ -21,7 +21,7 @@ class Summation(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return (*digits, *words("Compute: + .", SEPARATOR, "The answer is sum ="))
+        return words(*digits, "Compute: + .", SEPARATOR, "The answer is sum =")
 
     def example(self, length: int, random: Random) -> Example:
         check_length("summation", length, 1)

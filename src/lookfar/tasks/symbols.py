@@ -46,10 +46,7 @@ class Vocabulary:
     """
 
     def __init__(self, symbols: Iterable[str]) -> None:
-        symbols = tuple(dict.fromkeys(symbols))
-        for each in symbols:
-            if not each or pieces(each) != [each] or each.isspace():
-                raise UserError(f"{each!r} is not one symbol; a symbol is a word, a digit or a mark.")
+        symbols = words(*symbols)
         self.pieces = (*SPECIAL, " ", *symbols, *(f" {each}" for each in symbols))
         self._numbers = {piece: token for token, piece in enumerate(self.pieces) if token >= len(SPECIAL)}
 
