@@ -1,0 +1,52 @@
+"""What a task is: a synthetic problem with a length, whose right answer is known."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a scratchpad; a part that the task does not have is None."""
+
+    input: str | None = None  # what of the problem is consumed now
+    computation: str | None = None  # the local calculation, spelled out
+    output: str | None = None  # what comes of it
+    variables: tuple[str, ...] | None = None  # the state after the step
+    remaining: str | None = None  # what is left of the problem
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem and its solution: a model reads `input` and writes `target`, in which `answer` is the final answer."""
+
+    input: str
+    target: str
+    answer: str
+    steps: tuple[Step, ...] = ()
+
+
+class Task(ABC):
+    """A problem of any length, generated without network or outside tokenizer. Settings are keyword parameters."""
+
+    trained: range  # the lengths that are trained on by default
+    tested: range  # the longer ones that are measured by default
+    chance: float = 0.0  # accuracy of the best constant guess, at the longer lengths
+
+    @property
+    @abstractmethod
+    def symbols(self) -> Sequence[str]:
+        """Every piece that the task can write, without spaces: its vocabulary, in a fixed order."""
+
+    @abstractmethod
+    def example(self, length: int, random: Random) -> Example:
+        """One problem of exactly this length; the same state of `random` gives the same problem.
+
+        Raises:
+            UserError: the task has no problem of this length.
+        """
+
+    @abstractmethod
+    def answer(self, target: str) -> str | None:
+        """The final answer in what a model has written, or None where there is none."""

@@ -1,0 +1,53 @@
+"""Evaluating a polynomial, modulo 10."""
+
+from collections.abc import Sequence
+from random import Random
+from string import digits
+
+from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.symbols import words
+from lookfar.tasks.wording import check_length, spell, stated_number
+
+
+class Polynomial(Task):
+    """Evaluates a polynomial, modulo 10; the length is the number of terms.
+
+    Split `n_terms_tr8_ts16` of Kazemnejad et al., 2023, arXiv 2305.19466: coefficients -3 to 3, degrees 0 to 3, x from
+    -2 to 2, and 0 ** 0 is 1. Every digit is as likely only where x is neither 0 nor 1.
+    """
+
+    trained = range(1, 9)
+    tested = range(9, 17)
+    chance = 0.1
+
+    @property
+    def symbols(self) -> Sequence[str]:
+        return words(*digits, "Evaluate at x = - in * + ? The answer is . sum:")
+
+    def example(self, length: int, random: Random) -> Example:
+        check_length("polynomial", length, 1)
+        terms = [(random.randint(-3, 3), random.randint(0, 3)) for _ in range(length)]
+        return self.problem(random.randint(-2, 2), terms)
+
+    def problem(self, x: int, terms: Sequence[tuple[int, int]]) -> Example:
+        """The problem of these terms, each a coefficient and a degree."""
+        written = [f"{spell(coefficient)} * x ** {degree}" for coefficient, degree in terms]
+        total, steps = 0, []
+        for place, (coefficient, degree) in enumerate(terms):
+            power, value, factor = x**degree, coefficient * x**degree, spell(coefficient)
+            after = (total + value) % 10
+            steps.append(
+                Step(
+                    input=written[place],
+                    computation=f"{factor} * {spell(x)} ** {degree} = {factor} * {spell(power)}",
+                    output=spell(value),
+                    variables=(f"sum: {total} + {spell(value)} = {after}",),
+                    remaining=" + ".join(written[place + 1 :]),
+                )
+            )
+            total = after
+        problem = f"Evaluate at x = {spell(x)} in {' + '.join(written)} ? "
+        return Example(problem, f"The answer is {total}.", str(total), tuple(steps))
+
+    def answer(self, target: str) -> str | None:
+        return stated_number(target)

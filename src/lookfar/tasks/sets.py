@@ -1,0 +1,88 @@
+"""Endless examples for training, and others for measuring: no example is ever in both."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from random import Random
+
+from lookfar.errors import UserError
+from lookfar.tasks.base import Example, Task
+
+PATIENCE = 1000  # draws without a new example, after which there is taken to be none
+
+
+class Split:
+    """The examples of a task, divided by length, and within the trained lengths by a hash of their input.
+
+    The inputs whose hash falls into `held_out` (a part of 1) are never trained on, under any seed, and only they are
+    measured at the trained lengths; at all other lengths nothing is trained on, so any example is measured. Where a
+    length has few problems, few are held out, perhaps none: such a length cannot be measured, and `measured` says so
+    by giving fewer examples than were asked for, or none.
+
+    Attributes:
+        lengths: those that are trained on, each as often as it stands there; by default all of `task.trained` that
+            the task has problems of.
+    """
+
+    def __init__(self, task: Task, lengths: Sequence[int] | None = None, *, held_out: float = 0.1) -> None:
+        if not 0 < held_out < 1:
+            raise UserError(f"held_out ({held_out}) must lie between 0 and 1; a tenth is usual.")
+        if lengths is not None and not lengths:
+            raise UserError("A split needs at least one length to train on.")
+        for each in lengths or ():
+            task.example(each, Random(0))  # refuses a length that there is not
+        self.task = task
+        self.lengths = tuple(_existing(task, task.trained) if lengths is None else lengths)
+        self.held_out = held_out
+
+    def trained(self, seed: int, index: int) -> Example:
+        """Example number `index` of the training stream of a seed, which has no end and needs no state.
+
+        Raises:
+            UserError: no problem of the drawn length was found that is not held out.
+        """
+        random = Random(f"trained:{seed}:{index}")
+        length = random.choice(self.lengths)
+        for _ in range(PATIENCE):
+            if not self.holds_out(example := self.task.example(length, random)):
+                return example
+        raise UserError(f"No problem of length {length} is left to train on; {self.held_out} of all are held out.")
+
+    def measured(self, length: int, count: int) -> list[Example]:
+        """Up to `count` different examples of a length, none of which is trained on.
+
+        They are the same for every seed of training, and the first of them are the same for every `count`. There are
+        fewer where the length has no more: where `PATIENCE` draws in a row bring nothing new.
+        """
+        random, found, missed = Random(f"measured:{length}"), {}, 0
+        while len(found) < count and missed < PATIENCE:
+            example = self.task.example(length, random)
+            new = example.input not in found and (length not in self.lengths or self.holds_out(example))
+            missed = 0 if new else missed + 1
+            if new:
+                found[example.input] = example
+        return list(found.values())
+
+    def holds_out(self, example: Example) -> bool:
+        """Whether an example of a trained length is kept from training."""
+        number = int.from_bytes(blake2b(example.input.encode(), digest_size=8).digest())
+        return number < self.held_out * 2**64
+
+
+def buckets(task: Task, times: int = 10) -> list[int]:
+    """The lengths at which to measure: all trained and tested ones, then multiples of the longest trained one.
+
+    They end at `times` the longest trained length. A length of which the task has no problem is left out.
+    """
+    longest, known = max(task.trained), max(*task.trained, *task.tested)
+    beyond = range((known // longest + 1) * longest, times * longest + 1, longest)
+    return _existing(task, (*task.trained, *task.tested, *beyond))
+
+
+def _existing(task: Task, lengths: Sequence[int]) -> list[int]:
+    def exists(length: int) -> bool:
+        try:
+            return bool(task.example(length, Random(0)))
+        except UserError:
+            return False
+
+    return [each for each in lengths if exists(each)]
