@@ -99,6 +99,23 @@ class DataConfig(_Settings):
     cache: str | None = None  # folder of token files; None: $LOOKFAR_CACHE or ~/.cache/lookfar
 
 
+class TaskConfig(_Settings):
+    """A synthetic problem with a length, which a run is trained on in place of a text."""
+
+    name: str | None = None  # such as copy, addition(order=reversed): `lookfar tasks`; None: a text
+    lengths: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None  # trained on; None: the task's own
+    scratchpad: str | None = None  # steps that are written before the answer, of the parts icovr; None: none
+    bos: bool = True  # every problem begins with the same token
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1  # part of the problems of those lengths that only measures
+    examples: Count = 100  # measured at each length
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TaskConfig":
+        if self.name is None and self != TaskConfig.model_construct():
+            raise ValueError("task.name is missing; name a task, such as name='addition'")
+        return self
+
+
 class TrainingConfig(_Settings):
     """How a model is trained. Lengths are in updates."""
 
@@ -145,7 +162,7 @@ class TrainingConfig(_Settings):
 class EvaluationConfig(_Settings):
     """Which lengths are measured, in which protocols."""
 
-    lengths: tuple[Count, ...] | None = None  # None: the context times 1, 2, 4, 8, 16
+    lengths: tuple[Count, ...] | None = None  # None: the context times 1, 2, 4, 8, 16; of a task: its own
     protocols: tuple[str, ...] = ("non_overlapping", "sliding")
     tokens: Count | None = None  # most tokens scored per length; a protocol may set its own: sliding(tokens=16384)
     split: Literal["valid", "test"] = "valid"
@@ -157,6 +174,7 @@ class Run(_Settings):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    task: TaskConfig = TaskConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -33,10 +33,10 @@ def generate(
     trust: Trust = False,
 ) -> None:
     """Write on from a prompt with the weights of a run; the first is shown as it comes, others after it."""
-    from lookfar.data.tokenizers import load_tokenizer
     from lookfar.data.writing import Writer
     from lookfar.model.generate import Sampling, stream
     from lookfar.training.checkpoint import load
+    from lookfar.training.problems import tokenizer_of
 
     sampling = Sampling(
         temperature=temperature,
@@ -46,7 +46,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    model, tokenizer = load(run, scheme=scheme, trust=trust), load_tokenizer(run)
+    model, tokenizer = load(run, scheme=scheme, trust=trust), tokenizer_of(run)
     writers = [Writer(tokenizer, stop or []) for _ in prompt]
     given, later = [tokenizer.encode(each).tolist() for each in prompt], ["" for _ in prompt[1:]]
     typer.echo(prompt[0], nl=False)

@@ -20,15 +20,27 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | Non
 
 
 def show_rows(rows: Iterable[dict[str, Any]]) -> None:
-    """Print the perplexities among these rows, a line for each protocol and a column for each length."""
-    found = [row for row in rows if row["metric"] == "perplexity"]
-    lengths = sorted({row["length"] for row in found})
-    for data in dict.fromkeys(row["data"] for row in found):
-        keys = dict.fromkeys((row["scheme"], row["protocol"]) for row in found if row["data"] == data)
-        cells = {(row["scheme"], row["protocol"], row["length"]): row for row in found if row["data"] == data}
-        lines = [(*key, *(_value(cells.get((*key, length))) for length in lengths)) for key in keys]
-        unit = next(row.get("unit", "token") for row in found if row["data"] == data)
-        show(("scheme", "protocol", *lengths_as_text(lengths)), lines, f"{unit} perplexity on {data}", len(lengths))
+    """Print the perplexities and accuracies among these rows, a line for each protocol and a column for each length."""
+    rows = list(rows)
+    for metric in ("perplexity", "accuracy"):
+        of_metric = [row for row in rows if row["metric"] == metric]
+        for data in dict.fromkeys(row["data"] for row in of_metric):
+            found = [row for row in of_metric if row["data"] == data]
+            unit = f"{found[0].get('unit', 'token')} " if metric == "perplexity" else ""
+            _show_lengths(found, f"{unit}{metric} on {data}")
+
+
+def _show_lengths(rows: list[dict[str, Any]], title: str) -> None:
+    lengths = sorted({row["length"] for row in rows})
+    cells = {(*_line(row), row["length"]): row for row in rows}
+    keys = dict.fromkeys(_line(row) for row in rows)
+    lines = [(*key, *(_value(cells.get((*key, length))) for length in lengths)) for key in keys]
+    show(("scheme", "protocol", *lengths_as_text(lengths)), lines, title, len(lengths))
+
+
+def _line(row: dict[str, Any]) -> tuple[str, str]:
+    best = ", best checkpoint" if row.get("checkpoint") == "best" else ""
+    return row["scheme"], row["protocol"] + best
 
 
 def lengths_as_text(lengths: Iterable[int]) -> list[str]:

@@ -129,6 +129,9 @@ class Mixture:
             found[source == each] = self.lines[each].documents_at(own[source == each])
         return found
 
+    def scored(self, first: int, count: int) -> None:
+        """Which tokens count as targets: all but the first of a line."""
+
 
 def _ingredient(term: plugins.Term, path: str | None) -> Ingredient:
     settings: dict[str, Any] = {"path": path, "weight": 1, **term.settings}

@@ -60,6 +60,9 @@ class Lines:
         """
         return self.documents_at(np.arange(first, first + count))
 
+    def scored(self, first: int, count: int) -> None:
+        """Which tokens count as targets: all but the first of a line."""
+
     def at(self, served: Integer[np.ndarray, "n"]) -> Int64[np.ndarray, "n l"]:
         """The lines that are served when that many were served before."""
         return self.tokens[self._places(served)].astype(np.int64)

@@ -14,14 +14,17 @@ from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
 from lookfar.sight import Sight
-from lookfar.training import objectives, schedules, tracking
+from lookfar.training import objectives, problems, schedules, tracking
 
 
 def check(run: Run) -> None:
     """Raise a `UserError` for the first thing of a run that cannot work."""
-    for protocol in run.evaluation.protocols:
-        for length in run.lengths:
-            protocols.find(protocol).windows(1, length)
+    if run.task.name is None:
+        for protocol in run.evaluation.protocols:
+            for length in run.lengths:
+                protocols.find(protocol).windows(1, length)
+    else:
+        problems.check(run)
     schedules.check(run.training)
     tracking.check(run.training.tracking)
     model = run.model
@@ -50,14 +53,15 @@ def check(run: Run) -> None:
     if len(named) > 1:
         raise UserError(f"Embeddings are encoded once: {named[0]!r} and {named[1]!r} cannot be in one pattern.")
     device_of(model.device)
-    ingredients(run.data)
+    if run.task.name is None:
+        ingredients(run.data)
 
 
 def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
     """How the longest line of each part is numbered, by what decides it."""
     parts = {
         "model.context": (run.training.numbering, run.model.context),
-        "evaluation.lengths": (run.evaluation.numbering, max(run.lengths)),
+        "evaluation.lengths": (run.evaluation.numbering, _most_tokens(run)),
     }
     found = {}
     for part, (expression, tokens) in parts.items():
@@ -68,6 +72,14 @@ def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
             positions = torch.cat([positions, positions.amax() + 1 + torch.arange(beyond)[None]], dim=1)
         found[part] = positions
     return found
+
+
+def _most_tokens(run: Run) -> int:
+    """How many tokens are read at once when the run is measured."""
+    if run.task.name is None:
+        return max(run.lengths)
+    found = problems.problems_of(run.task)
+    return max(found.tokens(length) for length in problems.lengths(run, found)[-1:])
 
 
 def _can_be_trained(run: Run, scheme: Scheme) -> None:

@@ -15,7 +15,7 @@ from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
 from lookfar.training.checkpoint import load
-from lookfar.training.measure import as_text, measure, text_of
+from lookfar.training.measure import as_text, measure, measure_problems, text_of
 
 
 def evaluate_run(
@@ -48,9 +48,13 @@ def evaluate_run(
     foreign = any("." in term.name for term in plugins.parse(run.data.source))
     if foreign and data is None and not trust:
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
+    if run.task.name is not None and (wanted or data or tokens or scheme):
+        raise UserError(f"{folder} was trained on a task; only the lengths at which it is measured can be chosen.")
     decoder = load(folder, scheme=scheme, trust=trust)
     check(run)
     with run_folder.claim(folder):
+        if run.task.name is not None:
+            return measure_problems(decoder, run, folder, progress=progress)
         text = _own(folder, run.data, run.evaluation.split) if data is None else _other(folder, data)
         return measure(
             decoder,

@@ -10,12 +10,15 @@ from lookfar.config import Run
 from lookfar.data.base import Split
 from lookfar.data.corpus import Corpus
 from lookfar.data.tokenizers import Tokenizer
-from lookfar.evaluation import protocols
+from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model.decoder import Decoder
+from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
 from lookfar.training.precision import autocast
+from lookfar.training.problems import lengths as lengths_of
+from lookfar.training.problems import problems_of
 
 
 def measure(
@@ -54,6 +57,42 @@ def measure(
                         model, text, length=length, protocol=protocol, progress=progress
                     )
                 found = [{**about(run, folder), **row} for row in found]
+                run_folder.add_rows(folder, found)
+            rows += found
+    return rows
+
+
+def measure_problems(
+    model: Decoder, run: Run, folder: Path, *, progress: Progress, lengths: Sequence[int] | None = None
+) -> list[Row]:
+    """Exact answers at every length, by the last checkpoint and, where one is known, by the best.
+
+    Rows that the folder has already are not measured again.
+    """
+    problems = problems_of(run.task)
+    known = files.read_lines(folder / run_folder.ROWS)
+    manifest = checkpoint.read_manifest(folder)
+    models = {"last": model}
+    if "best" in manifest:
+        models["best"] = (
+            model
+            if manifest["best"] == manifest.get("last")
+            else checkpoint.load(folder, which=manifest["best"], trust=True)
+        )
+    rows: list[Row] = []
+    fresh: dict[tuple[int, int], list[Row]] = {}  # the last may be the best
+    for which, each in models.items():
+        said = {**about(run, folder), "checkpoint": which}
+        for length in lengths or lengths_of(run, problems):
+            same = {**said, "data": problems.label, "protocol": "greedy", "length": length}
+            found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
+            if not found:
+                if (id(each), length) not in fresh:
+                    with autocast(run.training.precision, run.model.dtype, each.embedding.weight.device):
+                        fresh[id(each), length] = accuracy.measure(
+                            each, problems, length=length, count=run.task.examples, progress=progress
+                        )
+                found = [{**said, **row} for row in fresh[id(each), length]]
                 run_folder.add_rows(folder, found)
             rows += found
     return rows

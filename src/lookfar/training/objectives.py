@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Le
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +17,8 @@ from lookfar.model.decoder import Decoder
 
 Positions = Num[Tensor, "#b t"]
 Documents = Int[Tensor, "b l"]  # of each token of a line: none is predicted from another document
-Objective = Callable[..., Float[Tensor, ""]]  # of a decoder, lines, positions, chances and, where isolated, documents
+Scored = Bool[Tensor, "b l"]  # which tokens of a line count as targets; None: all but the first
+Objective = Callable[..., Float[Tensor, ""]]  # of a decoder, lines, positions, chances, documents, what is scored
 
 
 def next_token(
@@ -26,10 +27,11 @@ def next_token(
     positions: Positions | None,
     chance: Float[Tensor, "b t"],
     documents: Documents | None = None,
+    scored: Scored | None = None,
 ) -> Float[Tensor, ""]:
     """Every token but the first of a line, from those before it."""
     logits = model(lines[:, :-1], positions=positions, documents=None if documents is None else documents[:, :-1])
-    return _loss(logits, lines, documents)
+    return _loss(logits, lines, documents, scored)
 
 
 def slots(
@@ -38,6 +40,7 @@ def slots(
     positions: Positions | None,
     chance: Float[Tensor, "b t"],
     documents: Documents | None = None,
+    scored: None = None,
     *,
     anchors: Count = 16,
     decay: Annotated[float, Gt(0), Le(1)] = 1.0,
@@ -85,10 +88,16 @@ def find(expression: str, model: ModelConfig) -> Objective:
     return partial(objective, **checked)
 
 
-def _loss(logits: Float[Tensor, "b t v"], lines: Int[Tensor, "b l"], documents: Documents | None) -> Float[Tensor, ""]:
-    """The mean over lines of the mean over the tokens of each that continue their document; over all without any."""
-    if documents is None:
+def _loss(
+    logits: Float[Tensor, "b t v"], lines: Int[Tensor, "b l"], documents: Documents | None, scored: Scored | None = None
+) -> Float[Tensor, ""]:
+    """The mean over lines of the mean over the tokens of each that are scored and continue their document."""
+    if documents is None and scored is None:
         return F.cross_entropy(logits.flatten(0, 1).float(), lines[:, 1:].flatten())
-    targets = lines[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+    targets = lines[:, 1:]
+    if documents is not None:
+        targets = targets.masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+    if scored is not None:
+        targets = targets.masked_fill(~scored[:, 1:], -100)
     losses = F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none")
     return (losses.sum(1) / (targets >= 0).sum(1).clamp(min=1)).mean()

@@ -8,7 +8,7 @@ from lookfar.data.corpus import open_corpus
 from lookfar.evaluation.base import Row
 from lookfar.training import folder as run_folder
 from lookfar.training.log import Watch
-from lookfar.training.measure import measure, text_of
+from lookfar.training.measure import measure, measure_problems, text_of
 from lookfar.training.processes import is_first
 from lookfar.training.train import train
 
@@ -21,6 +21,13 @@ def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, prof
     model = train(run, folder, watch, profile=profile)
     if not is_first():
         return []
+
+    def progress(what: str, part: float) -> None:
+        watch({"event": "evaluation", "what": what, "part": part})
+
+    if run.task.name is not None:
+        measure_problems(model, run, folder, progress=progress)
+        return files.read_lines(folder / run_folder.ROWS)
     corpus = open_corpus(run.data)
     measure(
         model,
@@ -29,6 +36,6 @@ def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, prof
         folder,
         lengths=run.lengths,
         wanted=run.evaluation.protocols,
-        progress=lambda what, part: watch({"event": "evaluation", "what": what, "part": part}),
+        progress=progress,
     )
     return files.read_lines(folder / run_folder.ROWS)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lookfar.batch import consecutive
@@ -17,7 +18,7 @@ from lookfar.data.corpus import Corpus, open_corpus
 from lookfar.data.mixture import Mixture
 from lookfar.data.packing import Lines
 from lookfar.errors import UserError
-from lookfar.evaluation import protocols
+from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
@@ -30,11 +31,14 @@ from lookfar.training.measure import about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
+from lookfar.training.problems import Lesson, ProblemLines
 from lookfar.training.processes import Processes, joined
 from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
 from lookfar.training.saving import Saver
 from lookfar.training.schedules import budgets, rate
+
+HELD_OUT = 32  # problems of each trained length whose loss is measured during training
 
 
 class Interrupted(Exception):
@@ -62,7 +66,7 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
 
 
 def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Processes) -> Decoder:
-    corpus = open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
+    corpus = _opened(run, watch)
     run = with_vocabulary(run, corpus)
     config = run.training
     kept = budgets(config.schedule)  # a run of several budgets is several runs: each can be branched
@@ -141,7 +145,14 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
         return whole.eval()
 
 
-def with_vocabulary(run: Run, corpus: Corpus) -> Run:
+def _opened(run: Run, watch: Watch) -> Corpus | Lesson:
+    """What the run reads: a text, or the problems of a task."""
+    if run.task.name is not None:
+        return Lesson(run.task)
+    return open_corpus(run.data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))
+
+
+def with_vocabulary(run: Run, corpus: Corpus | Lesson) -> Run:
     """The run with the vocabulary of its tokenizer, where it names none."""
     size, wanted = corpus.tokenizer.vocabulary, run.model.vocabulary
     if wanted is not None and wanted < size:
@@ -155,7 +166,12 @@ def count_parameters(model: Decoder) -> int:
 
 
 def _accumulate(
-    model: Decoder, lines: Lines | Mixture, update: int, run: Run, processes: Processes, accumulation: int
+    model: Decoder,
+    lines: Lines | Mixture | ProblemLines,
+    update: int,
+    run: Run,
+    processes: Processes,
+    accumulation: int,
 ) -> float:
     """The gradients and the mean loss of this process's share of a batch, a piece at a time."""
     config, device, total = run.training, model.embedding.weight.device, 0.0
@@ -174,16 +190,21 @@ def _accumulate(
         positions = numbers[place : place + size] if several and numbers is not None else numbers
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
-        found = lines.documents(first, size)
-        documents = None if found is None else torch.from_numpy(found).to(device)
+        documents, scored = (_on(device, each(first, size)) for each in (lines.documents, lines.scored))
+        width = tokens.shape[1] - 1  # of problems, the longest of these
+        positions = None if positions is None else positions[:, :width]
         if positions is not None and documents is not None:  # each begins with the first numbers of the line
             positions = positions.expand(size, -1).gather(1, consecutive(documents[:, :-1]))
-        chance = chances[place : place + size].to(device)
+        chance = chances[place : place + size, :width].to(device)
         with autocast(config.precision, run.model.dtype, device, keep=not sharding.sharded(model)):
-            loss = objective(model, tokens, positions, chance, documents) / accumulation
+            loss = objective(model, tokens, positions, chance, documents, scored) / accumulation
         loss.backward()
         total += float(loss.detach())
     return total
+
+
+def _on(device: torch.device, values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values).to(device)
 
 
 @contextmanager
@@ -194,7 +215,7 @@ def _claimed(folder: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _prepare(folder: Path, run: Run, corpus: Corpus) -> int | None:
+def _prepare(folder: Path, run: Run, corpus: Corpus | Lesson) -> int | None:
     """Make the folder ready to be worked in; the answer is the newest whole checkpoint."""
     run_folder.settle(folder, run, corpus.label, done=max(checkpoint.updates(folder), default=0))
     corpus.tokenizer.save(folder)
@@ -234,7 +255,7 @@ def _finite(value: int | float) -> int | float | None:
     return value if math.isfinite(value) else None
 
 
-def _finish(folder: Path, run: Run, corpus: Corpus, model: Decoder, seconds: float) -> None:
+def _finish(folder: Path, run: Run, corpus: Corpus | Lesson, model: Decoder, seconds: float) -> None:
     checkpoint.finish(folder, run.training.updates)
     run_folder.add_rows(folder, _training_rows(run, folder, corpus, model, seconds))
 
@@ -266,23 +287,33 @@ def _asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
+def _held_out(model: Decoder, corpus: Corpus | Lesson, run: Run) -> float:
     model.eval()
     sharding.gather_ends(model)
     with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
-        rows = Perplexity().measure(
-            model,
-            text_of(corpus, "valid"),
-            length=run.model.context,
-            protocol=protocols.find("non_overlapping(tokens=16384)"),
-            progress=lambda what, part: None,
-        )
+        if isinstance(corpus, Lesson):
+            found = accuracy.loss(model, corpus.problems, count=HELD_OUT)
+        else:
+            found = _loss_of_text(model, corpus, run.model.context)
     sharding.divide_again(model)
     model.train()
+    return found
+
+
+def _loss_of_text(model: Decoder, corpus: Corpus, length: int) -> float:
+    rows = Perplexity().measure(
+        model,
+        text_of(corpus, "valid"),
+        length=length,
+        protocol=protocols.find("non_overlapping(tokens=16384)"),
+        progress=lambda what, part: None,
+    )
     return next(row["value"] for row in rows if row["metric"] == "loss")
 
 
-def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, seconds: float) -> list[dict[str, Any]]:
+def _training_rows(
+    run: Run, folder: Path, corpus: Corpus | Lesson, model: Decoder, seconds: float
+) -> list[dict[str, Any]]:
     tokens = run.training.updates * run.training.batch * run.model.context
     values = {
         "parameters": count_parameters(model),

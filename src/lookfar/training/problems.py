@@ -1,0 +1,130 @@
+"""What a run reads that is trained on a task: problems, in place of the lines of a text."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+from lookfar.config import Run, TaskConfig
+from lookfar.data.tokenizers import Tokenizer, Tokens, load_tokenizer
+from lookfar.errors import UserError
+from lookfar.tasks.encoding import Encoded
+from lookfar.tasks.problems import Problems
+from lookfar.tasks.sets import buckets
+from lookfar.tasks.symbols import EOS, PADDING, Vocabulary
+from lookfar.training import folder as run_folder
+
+
+class SymbolTokenizer(Tokenizer):
+    """The vocabulary of a task as a tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        content = json.dumps({"type": "symbols", "pieces": vocabulary.pieces})
+        lengths = np.array([len(each.encode()) for each in vocabulary.pieces], np.int64)
+        super().__init__(separator=EOS, lengths=lengths, content=content)
+        self.symbols = vocabulary
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of several texts."""
+        return [self.symbols.encode(text).astype(self.dtype) for text in texts]
+
+    def decode(self, tokens: Sequence[int] | Integer[np.ndarray, "_"]) -> str:
+        """The text of tokens."""
+        return self.symbols.decode(tokens)
+
+
+class Lesson:
+    """A task as training takes it, in the place of a corpus."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.problems = problems_of(config)
+        self.tokenizer = SymbolTokenizer(self.problems.vocabulary)
+        self.label = self.problems.label
+
+    def lines(self, *, context: int, seed: int) -> "ProblemLines":
+        """The training lines, which never end and of which any can be looked up."""
+        return ProblemLines(self.problems, context=context, seed=seed)
+
+
+class ProblemLines:
+    """Problems as training lines, each filled up with padding to the longest of its batch.
+
+    Line i is a function of the seed and i: to go on needs the count of lines served and nothing else.
+    """
+
+    def __init__(self, problems: Problems, *, context: int, seed: int) -> None:
+        self.problems, self.context, self.seed = problems, context, seed
+        self._encoded = lru_cache(maxsize=1)(self._encode)
+
+    def batch(self, first: int, count: int) -> Int64[np.ndarray, "count l"]:
+        """The tokens of the lines number first to first + count."""
+        return padded([each.tokens for each in self._encoded(first, count)], PADDING)
+
+    def scored(self, first: int, count: int) -> Bool[np.ndarray, "count l"]:
+        """Which of those tokens the model is to write."""
+        return padded([each.written for each in self._encoded(first, count)], False)
+
+    def documents(self, first: int, count: int) -> None:
+        """Each line is one document; nothing that counts sees the padding after it."""
+
+    def _encode(self, first: int, count: int) -> list[Encoded]:
+        lines = range(first, first + count)
+        return [self.problems.trained(self.seed, line, context=self.context) for line in lines]
+
+
+def problems_of(config: TaskConfig) -> Problems:
+    """The problems of a configuration.
+
+    Raises:
+        UserError: no such task, length or scratchpad.
+    """
+    assert config.name is not None
+    return Problems(
+        config.name,
+        lengths=config.lengths,
+        scratchpad=config.scratchpad,
+        bos=config.bos,
+        held_out=config.held_out,
+    )
+
+
+def check(run: Run) -> None:
+    """Raise a `UserError` where a run cannot be trained on its task."""
+    problems = problems_of(run.task)
+    if run.model.slots is not None:
+        raise UserError("A task is written token by token; leave model.slots out.")
+    if run.evaluation.numbering != "consecutive":
+        raise UserError("Answers are written token by token, numbered as they come; leave evaluation.numbering out.")
+    for length in lengths(run, problems):
+        problems.task.example(length, Random(0))  # refuses a length that there is not
+    longest = problems.tokens(problems.longest_trained)
+    if longest - 1 > run.model.context:
+        raise UserError(
+            f"{problems.label} of length {problems.longest_trained} has problems of {longest} tokens; "
+            f"set model.context={longest - 1} or more, or train on shorter ones by task.lengths."
+        )
+
+
+def lengths(run: Run, problems: Problems) -> list[int]:
+    """The lengths that a run is measured at, in order: by default all that its task trains and tests."""
+    if run.evaluation.lengths is not None:
+        return sorted(set(run.evaluation.lengths))
+    return buckets(problems.task, times=1)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer of a run, which for a task is made of its symbols."""
+    run, _ = run_folder.read(folder)
+    return load_tokenizer(folder) if run.task.name is None else Lesson(run.task).tokenizer
+
+
+def padded(rows: Sequence[np.ndarray], fill: int | bool) -> np.ndarray:
+    """Rows of unequal length as one array, filled up on the right."""
+    found = np.full((len(rows), max(map(len, rows))), fill, dtype=rows[0].dtype)
+    for row, each in zip(found, rows, strict=True):
+        row[: len(each)] = each
+    return found
