@@ -14,13 +14,14 @@ from lookfar.tasks.base import Example, Task
 VERBS = {"walk": ["I_WALK"], "look": ["I_LOOK"], "run": ["I_RUN"], "jump": ["I_JUMP"], "turn": []}
 TURNS = {"left": ["I_TURN_LEFT"], "right": ["I_TURN_RIGHT"]}
 TIMES = {"once": 1, "twice": 2, "thrice": 3}  # "once" is never written
-SHORT = dict(
-    zip(
-        ("I_WALK", "I_LOOK", "I_RUN", "I_JUMP", "I_TURN_LEFT", "I_TURN_RIGHT"),
-        ("Walk", "Look", "Run", "Jump", "Left", "Right"),
-        strict=True,
-    )
-)
+SHORT = {
+    "I_WALK": "Walk",
+    "I_LOOK": "Look",
+    "I_RUN": "Run",
+    "I_JUMP": "Jump",
+    "I_TURN_LEFT": "Left",
+    "I_TURN_RIGHT": "Right",
+}
 WORDS = (*VERBS, *TURNS, "opposite", "around", "twice", "thrice", "and", "after")
 SEPARATOR = "[SEP] "
 
