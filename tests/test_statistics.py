@@ -80,7 +80,7 @@ def test_schemes_are_ranked_by_their_mean_over_lengths_in_every_task_and_seed():
 
 
 def test_equal_means_are_ties_whatever_the_order_of_their_lengths():
-    values = (0.1, 0.2, 0.3, 0.7)
+    values = (0.1, 0.2, 0.3)  # as floats, another sum than backwards
     rows = [row("alibi", value, length=length) for length, value in enumerate(values)]
     rows += [row("rope", value, length=length) for length, value in enumerate(reversed(values))]
     found = mean_reciprocal_rank(rows, ties="expected").schemes

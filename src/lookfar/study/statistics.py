@@ -97,34 +97,53 @@ def mean_reciprocal_rank(
 ) -> Ranking:
     """Rank the schemes in every cell by their mean over lengths, and average one over the rank.
 
-    A cell takes part if every scheme has a number there for every length that any scheme has; the others are told.
-    Rows are those of `metric` and `split`, of every split where that is None.
+    Only cells in which every scheme has its mean take part; what the others lack is told. Schemes are those that have
+    rows of the metric, of whatever split.
 
     Raises:
-        UserError: there is no complete cell, or a measurement is there twice.
+        UserError: there is no such cell, or a measurement is there twice.
     """
     rows = [row for row in rows if row["metric"] == metric]
-    table, schemes = _table(rows, metric, split), sorted({row["scheme"] for row in rows})
-    over_lengths: dict[Cell, dict[str, dict[int, float]]] = {}
-    for cell, values in table.items():
-        of_lengths = over_lengths.setdefault(cell._replace(length=None), {})
-        for scheme, value in values.items():
-            of_lengths.setdefault(scheme, {})[cell.length or 0] = value
-    ranks: dict[Cell, list[float]] = {}
-    missing = []
-    for cell, of_lengths in over_lengths.items():
-        wanted = {length for values in of_lengths.values() for length in values}
-        gone = [
-            Missing(scheme, cell, reason)
-            for scheme in schemes
-            if (reason := _incomplete(of_lengths.get(scheme, {}), wanted))
-        ]
-        missing += gone
-        if not gone:
-            ranks[cell] = reciprocal_ranks([fmean(of_lengths[each].values()) for each in schemes], ties=ties)
+    table, missing = over_lengths(rows, metric=metric, split=split)
+    schemes = sorted({row["scheme"] for row in rows})
+    ranks = {
+        cell: reciprocal_ranks([values[scheme] for scheme in schemes], ties=ties)
+        for cell, values in table.items()
+        if len(values) == len(schemes)
+    }
     _complete(ranks, schemes, missing, metric, split)
     found = {scheme: {cell: each[place] for cell, each in ranks.items()} for place, scheme in enumerate(schemes)}
     return Ranking({scheme: _estimate(values) for scheme, values in found.items()}, tuple(missing))
+
+
+def over_lengths(
+    rows: Iterable[Row], *, metric: str = "accuracy", split: str | None = "longer"
+) -> tuple[dict[Cell, dict[str, float]], list[Missing]]:
+    """The mean over lengths of every scheme in every cell, and which means are missing.
+
+    Rows are those of `metric` and `split`, of every split where that is None. A scheme has a mean where it has a number
+    for every length that any scheme has in the cell.
+
+    Raises:
+        UserError: a measurement is there twice.
+    """
+    rows = [row for row in rows if row["metric"] == metric]
+    schemes = sorted({row["scheme"] for row in rows})
+    curves: dict[Cell, dict[str, dict[int, float]]] = {}
+    for cell, values in _table(rows, metric, split).items():
+        of_cell = curves.setdefault(cell._replace(length=None), {scheme: {} for scheme in schemes})
+        for scheme, value in values.items():
+            of_cell[scheme][cell.length or 0] = value
+    means: dict[Cell, dict[str, float]] = {}
+    missing = []
+    for cell, of_cell in curves.items():
+        wanted, means[cell] = {length for values in of_cell.values() for length in values}, {}
+        for scheme, values in of_cell.items():
+            if reason := _incomplete(values, wanted):
+                missing.append(Missing(scheme, cell, reason))
+            else:
+                means[cell][scheme] = fmean(values.values())
+    return means, missing
 
 
 def compare(
