@@ -141,10 +141,13 @@ def _rows(threshold: float) -> int:
 
 def _prints(documents: Iterable[Document], words: int, rows: int) -> Iterator[_Print]:
     """The prints of the documents that have words, in their order."""
-    odd = np.random.default_rng(0).integers(2**63, size=(2, HASHES), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    factors, terms = np.random.default_rng(0).integers(2**32, size=(2, HASHES), dtype=np.uint32)
+    factors |= np.uint32(1)  # an odd factor makes a permutation of 32 bits
     for place, name, parts in _whole(documents):
-        text = hashlib.blake2b(digest_size=16)
-        least = [_mix(each[:, None] * odd[0] + odd[1]).min(axis=0) for each in _shingles(parts, words, text)]
+        text, least = hashlib.blake2b(digest_size=16), []
+        for shingles in _shingles(parts, words, text):
+            short = (shingles >> np.uint64(32)).astype(np.uint32)
+            least.append((short[:, None] * factors + terms).min(axis=0))
         if least:
             bands = np.min(least, axis=0)[: HASHES // rows * rows].reshape(-1, rows)
             yield _Print(place, name, text.digest(), tuple(_digest(band.tobytes()) for band in bands))
@@ -197,15 +200,13 @@ def _whole(documents: Iterable[Document]) -> Iterator[tuple[int, str, Iterator[s
         yield number, title, (each.text for each in parts)
 
 
-def _shingles(
-    parts: Iterable[str], words: int, text: "hashlib.blake2b | None" = None
-) -> Iterator[UInt64[ndarray, " n"]]:
+def _shingles(parts: Iterable[str], words: int, text: hashlib.blake2b | None = None) -> Iterator[UInt64[ndarray, " n"]]:
     """A hash of every shingle, stretch by stretch; `text` takes up the words."""
     carried, whole = np.empty(0, dtype=np.uint64), True
     for stretch in _stretches(parts):
-        found = [word.lower() for word in _WORD.findall(stretch)]
+        found = _WORD.findall(stretch.lower())
         if text and found:
-            text.update("".join(f"{word} " for word in found).encode("utf-8", "surrogatepass"))
+            text.update(f"{' '.join(found)} ".encode("utf-8", "surrogatepass"))
         hashes = np.concatenate([carried, np.fromiter(map(_hash, found), dtype=np.uint64, count=len(found))])
         if len(hashes) >= words:
             yield _combined(sliding_window_view(hashes, words))
