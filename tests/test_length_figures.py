@@ -55,6 +55,7 @@ def test_lines_are_means_over_seeds_and_bands_their_intervals():
         {("alibi", 10): 1.0, ("alibi", 30): 0.4, ("rope", 30): 0.3}
     )
     band = {(point["scheme"], point["length"]): (point["low"], point["high"]) for point in drawn(panel, "area")}
+    assert band.pop(("rope", 30)) == (None, None)
     assert band == {("alibi", 10): (1.0, 1.0), ("alibi", 30): interval([[0.1], [0.5], [0.6]])}
 
 

@@ -130,7 +130,7 @@ def test_a_scheme_without_a_single_cell_is_told():
 def test_nothing_to_rank_is_refused():
     with pytest.raises(UserError, match=r"No cell has accuracy .*'rope' is not a number at length 30 for data copy"):
         mean_reciprocal_rank([row("alibi", 1.0), row("rope", math.nan)])
-    with pytest.raises(UserError, match=r"No cell has accuracy \(split longer\) of no scheme\."):
+    with pytest.raises(UserError, match=r"No cell has accuracy \(split longer\) of no scheme\. Measure it"):
         mean_reciprocal_rank([])
     with pytest.raises(UserError, match=r"'alibi' has two rows of accuracy for data copy, .* length 30; choose"):
         mean_reciprocal_rank([row("alibi", 1.0), row("alibi", 1.0, run="other")])

@@ -72,7 +72,7 @@ def ranking(rows: Iterable[Row], looks: Mapping[str, Look], *, ties: Ties = "ave
     )
     whiskers = [bar for bar in bars if bar["low"] is not None]
     layers = [
-        alt.Chart(alt.Data(values=bars)).mark_bar(height={"band": 0.62}).encode(x, y, color=_colour(looks, None)),
+        _data(bars).mark_bar(height={"band": 0.62}).encode(x, y, color=_colour(looks, None)),
         _data(whiskers).mark_rule(strokeWidth=1.2, style="label").encode(alt.X("low:Q"), y, x2="high:Q"),
         _data(bars).mark_text(align="left", dx=6, style="label").encode(alt.X("edge:Q"), y, text="label:N"),
     ]
@@ -116,9 +116,7 @@ def _curves(title: str, rows: Sequence[Row], looks: Mapping[str, Look]) -> alt.L
         alt.Tooltip("seeds:N", title="seeds"),
     ]
     layers = [
-        _data([point for point in points if point["low"] is not None])
-        .mark_area(opacity=0.16)
-        .encode(x, alt.Y("low:Q"), alt.Y2("high:Q"), _colour(looks)),
+        _data(points).mark_area(opacity=0.16).encode(x, alt.Y("low:Q"), alt.Y2("high:Q"), _colour(looks)),
         _data(points).mark_line(strokeWidth=1.8).encode(x, y, _colour(looks), strokeDash=_dash(looks)),
         _data([point for point in known if point["whole"]])
         .mark_point(filled=True, size=16, opacity=1)

@@ -288,7 +288,9 @@ def _complete(
         return
     compared = " and ".join(schemes) or "no scheme"
     example = f"; {missing[0].scheme!r} is {missing[0].reason} for {_spoken(missing[0].cell)}" if missing else ""
-    raise UserError(f"No cell has {metric} (split {split}) of {compared}{example}.")
+    raise UserError(
+        f"No cell has {metric} (split {split}) of {compared}{example}. Measure it, or leave the scheme out."
+    )
 
 
 def _spoken(cell: Cell) -> str:
