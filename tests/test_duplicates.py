@@ -1,0 +1,161 @@
+"""Every duplicate that is planted is found, none that is not, and the counts are those of comparing all with all."""
+
+import re
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lookfar.data import duplicates as room
+from lookfar.data.base import Document, Source
+from lookfar.data.duplicates import Documents, Duplicates, Pair, duplicates
+from lookfar.errors import UserError
+
+VOCABULARY = [f"{first}{second}" for first in "bdfgk" for second in "aeiou"]
+
+
+def text(random, size=60, vocabulary=VOCABULARY):
+    return " ".join(random.choices(vocabulary, k=size))
+
+
+def documents(*texts):
+    return [Document(f"{place}", each) for place, each in enumerate(texts)]
+
+
+def changed(words, *places):
+    """A text in which the words at some places are others."""
+    return " ".join("changed" if place in places else word for place, word in enumerate(words.split()))
+
+
+def shingles(written, words=5):
+    found = re.findall(r"\w+", written.lower())
+    return {tuple(found[start : start + words]) for start in range(max(1, len(found) - words + 1))}
+
+
+def jaccard(one, other, words=5):
+    a, b = shingles(one, words), shingles(other, words)
+    return len(a & b) / len(a | b)
+
+
+def compared(train, held_out, threshold, words):
+    """How many are exact and near, by comparing all with all."""
+    texts = {tuple(re.findall(r"\w+", each.text.lower())) for each in train}
+    exact = [each for each in held_out if tuple(re.findall(r"\w+", each.text.lower())) in texts]
+    others = [each for each in held_out if each not in exact]
+    near = [each for each in others if any(jaccard(each.text, one.text, words) >= threshold for one in train)]
+    return len(exact), len(near)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("words", [1, 3, 5])
+def test_counts_are_those_of_comparing_all_with_all(threshold, words):
+    random = Random(words)
+    train = [text(random, random.randint(3, 90), VOCABULARY[:15]) for _ in range(60)]
+    held_out = [text(random, random.randint(3, 90), VOCABULARY[:15]) for _ in range(10)] + train[:3]
+    for each in random.sample(train, 40):
+        size = len(each.split())
+        held_out.append(changed(each, *random.sample(range(size), random.randint(0, max(1, size // 9)))))
+    held_out.append(" ".join(train[3].split() + train[3].split()))  # where words=1, the same set, and yet not exact
+    train, held_out = documents(*train), documents(*held_out)
+    found = duplicates(train, held_out, threshold=threshold, words=words, examples=1000)
+    assert (found.exact, found.near) == compared(train, held_out, threshold, words)
+    assert found.exact >= 3 and (found.held_out, found.train) == (54, 60)
+    assert len(found.examples) == found.exact + found.near
+    for pair in found.examples:
+        one, other = held_out[int(pair.held_out)].text, train[int(pair.train)].text
+        assert pair.similarity == pytest.approx(jaccard(one, other, words)) and pair.similarity >= threshold
+
+
+def test_a_planted_duplicate_is_told():
+    """One word of 205 is in 5 of 201 shingles: 196 of 206 are shared. Ten such words share 151 of 251."""
+    random = Random(0)
+    texts = [text(random, 205) for _ in range(8)]
+    spread = [10 + 20 * place for place in range(10)]
+    held_out = documents(
+        text(random, 205),
+        changed(texts[3], 100),
+        texts[5].upper().replace(" ", ",\n  "),
+        changed(texts[6], *spread[:10]),
+    )
+    assert duplicates(documents(*texts), held_out) == Duplicates(
+        held_out=4, train=8, exact=1, near=1, examples=(Pair("2", "5", 1.0), Pair("1", "3", 196 / 206))
+    )
+    assert duplicates(documents(*texts), held_out).share == 0.5
+    assert duplicates(documents(*texts), held_out, threshold=151 / 251).near == 2
+    assert duplicates(documents(*texts), held_out, threshold=151 / 251 + 1e-9).near == 1
+    assert len(duplicates(documents(*texts), held_out, examples=1).examples) == 1
+
+
+def test_nothing_is_overlooked():
+    """A hundred pairs just above the threshold."""
+    random = Random(1)
+    texts = [text(random, 105) for _ in range(100)]
+    held_out = documents(*(changed(each, 30, 60) for each in texts))  # 91 of 111 shingles
+    assert all(0.8 < jaccard(each.text, one) < 0.83 for each, one in zip(held_out, texts, strict=True))
+    assert duplicates(documents(*texts), held_out).near == 100
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2, 0.5, 0.8, 0.95, 1.0])
+def test_bands_fit_the_threshold(threshold):
+    rows = room._rows(threshold)
+    assert (1 - threshold**rows) ** (room.HASHES // rows) <= room.OVERLOOKED or rows == 1
+    assert room._rows(0.8) == 5 and room._rows(0.5) == 2
+
+
+@given(data=st.data())
+@settings(max_examples=25)
+def test_parts_of_a_document_are_one_text(data):
+    random = Random(data.draw(st.integers(0, 99)))
+    one, other = text(random, 40), text(random, 40)
+    parts, rest = [], changed(one, 2)
+    while rest:
+        size = data.draw(st.integers(1, 60))
+        parts.append(Document("held", rest[:size], continues=bool(parts)))
+        rest = rest[size:]
+    whole = duplicates(documents(other, one), documents(changed(one, 2)), threshold=0.5)
+    again = duplicates(documents(other, one), parts, threshold=0.5)
+    assert whole.near == again.near == 1
+    assert again.examples == (replace(whole.examples[0], held_out="held"),)
+    assert duplicates(parts, documents(changed(one, 2))).exact == 1
+
+
+def test_long_documents_are_read_in_stretches(monkeypatch):
+    random = Random(2)
+    long = text(random, 3000)
+    whole = duplicates(documents(long), documents(changed(long, 1500, 2500)))
+    assert whole.near == 1
+    for stretch in (20, 100):
+        monkeypatch.setattr(room, "STRETCH", stretch)
+        assert duplicates(documents(long), documents(changed(long, 1500, 2500))) == whole
+        assert duplicates(documents(long), documents(long)).exact == 1
+
+
+def test_short_and_empty_documents():
+    found = duplicates(documents("", "one two", "…"), documents("One, two!", "two one", " ", "one"))
+    assert (found.held_out, found.train, found.exact, found.near) == (3, 1, 1, 0)
+    assert found.examples == (Pair("0", "1", 1.0),)
+    assert duplicates([], []) == Duplicates(0, 0, 0, 0, ())
+    assert duplicates([], []).share == 0
+
+
+def test_the_order_of_words_matters():
+    words = text(Random(3), 50).split()
+    assert duplicates(documents(" ".join(words)), documents(" ".join(reversed(words)))).near == 0
+
+
+def test_the_splits_of_a_source_are_compared():
+    class Songs(Source):
+        def documents(self, split):
+            return iter(documents("a b c d e f", "g h i") if split == "train" else documents("G H I"))
+
+    assert duplicates(Documents(Songs(), "train"), Documents(Songs(), "test")).exact == 1
+
+
+def test_what_makes_no_sense_is_refused():
+    for wrong in ({"threshold": 0.0}, {"threshold": 1.1}, {"words": 0}):
+        with pytest.raises(UserError, match="must be above 0 and at most 1"):
+            duplicates([], [], **wrong)
+    with pytest.raises(UserError, match="Documents are read twice"):
+        duplicates(iter([]), [])
