@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -504,3 +507,25 @@ def test_symbols_are_told_once_and_a_vocabulary_is_a_few_hundred(expression):
     symbols = list(build(expression).symbols)
     assert len(symbols) == len(set(symbols))
     assert expression == "pcfg" or len(vocabulary_of(build(expression))) < 600
+
+
+# The page
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+BLOCKS = [block for text in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL) for block in text.split("$ ")[1:]]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.partition("\n")[0])
+def test_the_page_shows_what_the_command_prints(block, monkeypatch, capsys):
+    line, _, shown = block.partition("\n")
+    code, out, _ = command(monkeypatch, capsys, *shlex.split(line)[2:])
+    assert code == 0 and [each.rstrip() for each in out.splitlines()] == shown.splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_has_a_row_of_every_task(name, monkeypatch, capsys):
+    _, out, _ = command(monkeypatch, capsys)
+    row = re.search(rf"^{name} .*$", out, re.MULTILINE)[0]
+    cells = r" \| ".join(map(re.escape, re.split(r"\s\s+", row)[1:4]))
+    assert re.search(rf"^\| `{name}` \| .* \| {cells} \| .+ \|$", PAGE, re.MULTILINE)

@@ -102,7 +102,6 @@ def _settings(thing: type) -> str:
 
     told, types = [], plugins.settings(thing)
     for key, default in plugins.defaults(thing).items():
-        words = [each for each in get_args(types[key]) if isinstance(each, str)]
-        values = [str(default).lower(), *(each for each in words if each != default)]
-        told.append(f"{key}={'|'.join(values)}")
+        words = [each for each in get_args(types[key]) if isinstance(each, str) and each != default]
+        told.append("|".join([str(plugins.Term("", {key: default})).strip("()"), *words]))
     return ", ".join(told)

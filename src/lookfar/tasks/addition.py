@@ -70,7 +70,7 @@ class Addition(Task):
         return Example(f"Compute {operands[0]} + {operands[1]} ? ", f"The answer is {answer}.", total, steps)
 
     def answer(self, target: str) -> str | None:
-        found = re.sub(r"h\d+ ?" if self.hints else r"\s+", "", stated(target) or "").replace(" ", "")
+        found = re.sub(r"h\d+|\s" if self.hints else r"\s", "", stated(target) or "")
         if not re.fullmatch("[0-9]+", found):
             return None
         plain = found if self.order == "plain" else found[::-1]
