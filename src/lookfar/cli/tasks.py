@@ -22,7 +22,10 @@ def add(app: typer.Typer) -> None:
 
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(help="A task, such as 'copy(variant=repeated)'; without one, the list of all.")
+        str | None,
+        typer.Argument(
+            help="A task, such as 'copy(variant=repeated)'; without one, the list of all.", metavar="[NAME]"
+        ),
     ] = None,
     length: Annotated[int | None, typer.Option(help="By default the longest that is trained on.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many examples.")] = 3,
