@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -21,7 +24,7 @@ from lookfar.tasks.encoding import correct, encode, vocabulary_of
 from lookfar.tasks.flip_flop import FlipFlop
 from lookfar.tasks.lego import Lego
 from lookfar.tasks.multi_query_recall import MultiQueryRecall
-from lookfar.tasks.needle import Needle
+from lookfar.tasks.needle import FILLER, Needle
 from lookfar.tasks.parity import Parity
 from lookfar.tasks.passkey import Passkey
 from lookfar.tasks.polynomial import Polynomial
@@ -343,11 +346,8 @@ def test_the_needle_that_is_asked_for_stands_at_its_depth(seed, length, depth):
     name = example.input.split()[-2]
     told = f"The number of {name} is {' '.join(example.answer)}."
     assert example.input.count(told) == 1 and example.input.count("The number of ") == 4
-    before = example.input.partition(told)[0]
-    if depth == 0:
-        assert not before
-    if depth == 1:
-        assert "The number" in example.input.partition(told)[2] or example.input.partition(told)[2].startswith(" What")
+    before = sum(word in FILLER for word in example.input.partition(told)[0].split())
+    assert depth is None or before == round(depth * (length - 47))
 
 
 @given(length=st.integers(26, 400), seed=st.integers(0, 10**6))
@@ -504,3 +504,25 @@ def test_symbols_are_told_once_and_a_vocabulary_is_a_few_hundred(expression):
     symbols = list(build(expression).symbols)
     assert len(symbols) == len(set(symbols))
     assert expression == "pcfg" or len(vocabulary_of(build(expression))) < 600
+
+
+# The page
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+BLOCKS = [block for text in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL) for block in text.split("$ ")[1:]]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.partition("\n")[0])
+def test_the_page_shows_what_the_command_prints(block, monkeypatch, capsys):
+    line, _, shown = block.partition("\n")
+    code, out, _ = command(monkeypatch, capsys, *shlex.split(line)[2:])
+    assert code == 0 and [each.rstrip() for each in out.splitlines()] == shown.splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_has_a_row_of_every_task(name, monkeypatch, capsys):
+    _, out, _ = command(monkeypatch, capsys)
+    row = re.search(rf"^{name} .*$", out, re.MULTILINE)[0]
+    cells = r" \| ".join(map(re.escape, re.split(r"\s\s+", row)[1:4]))
+    assert re.search(rf"^\| `{name}` \| .* \| {cells} \| .+ \|$", PAGE, re.MULTILINE)

@@ -22,7 +22,10 @@ def add(app: typer.Typer) -> None:
 
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(help="A task, such as 'copy(variant=repeated)'; without one, the list of all.")
+        str | None,
+        typer.Argument(
+            help="A task, such as 'copy(variant=repeated)'; without one, the list of all.", metavar="[NAME]"
+        ),
     ] = None,
     length: Annotated[int | None, typer.Option(help="By default the longest that is trained on.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many examples.")] = 3,
@@ -102,7 +105,6 @@ def _settings(thing: type) -> str:
 
     told, types = [], plugins.settings(thing)
     for key, default in plugins.defaults(thing).items():
-        words = [each for each in get_args(types[key]) if isinstance(each, str)]
-        values = [str(default).lower(), *(each for each in words if each != default)]
-        told.append(f"{key}={'|'.join(values)}")
+        words = [each for each in get_args(types[key]) if isinstance(each, str) and each != default]
+        told.append("|".join([str(plugins.Term("", {key: default})).strip("()"), *words]))
     return ", ".join(told)

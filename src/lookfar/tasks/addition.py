@@ -22,7 +22,8 @@ class Addition(Task):
     writes every number from its least significant digit on, `order=reversed_answer` only the answer (Lee et al., 2023,
     arXiv 2307.03381). `padded` fills the numbers of a problem with zeros: operands to the length, the answer to one
     digit more. `hints` writes a mark before each digit, the same for digits of the same significance, ascending in the
-    plain number from a random one on (Zhou et al., 2023, arXiv 2310.16028).
+    plain number from a random one on (Zhou et al., 2023, arXiv 2310.16028); the same numbers with other hints are
+    another problem, and hints in what a model writes are not scored.
 
     The digits of the two operands are drawn together: each of the pairs whose longer number has this length is as
     likely, so that lengths 1 to 8 are 64 bins and lengths 9 to 16 are 192.
@@ -70,7 +71,7 @@ class Addition(Task):
         return Example(f"Compute {operands[0]} + {operands[1]} ? ", f"The answer is {answer}.", total, steps)
 
     def answer(self, target: str) -> str | None:
-        found = re.sub(r"h\d+ ?" if self.hints else r"\s+", "", stated(target) or "").replace(" ", "")
+        found = re.sub(r"h\d+|\s" if self.hints else r"\s", "", stated(target) or "")
         if not re.fullmatch("[0-9]+", found):
             return None
         plain = found if self.order == "plain" else found[::-1]

@@ -29,9 +29,9 @@ def coupled(
     The digits of an operand ascend to the position of the units, `start` + the digits of the longest operand; the
     answer begins there and descends: in `6 5 3 + 0 4 9 = 2 0 7` the positions are 2, 3, 4, 5, 2, 3, 4, 5, 4, 3, 2. What
     stands between two numbers gets the position after the units, as `+` and `=` do there; all before the first operand
-    and after the answer gets 0, as do digits of an answer that is too long. Once the operands are complete, what is
-    written later never changes the position of what stands before. Train with a `start` that is drawn for each example,
-    and test with 1. Source: Cho et al., 2024, "Position Coupling", arXiv 2405.20671.
+    and after the answer gets 0, and an answer that is too long descends no further than to 0. Once the operands are
+    complete, what is written later never changes the position of what stands before. Train with a `start` that is drawn
+    for each example, and test with 1. Source: Cho et al., 2024, "Position Coupling", arXiv 2405.20671.
 
     Args:
         operands: how many numbers are added; the one after them is the answer.

@@ -33,7 +33,7 @@ class Dyck(Task):
 
     @property
     def symbols(self) -> Sequence[str]:
-        return words("Close:", SEPARATOR, *sum(BRACKETS, ()))
+        return words("Close:", SEPARATOR, *(each for pair in BRACKETS for each in pair))
 
     def example(self, length: int, random: Random) -> Example:
         check_length("dyck", length, 3)

@@ -8,8 +8,13 @@ from lookfar.tasks.base import Example, Step
 from lookfar.tasks.symbols import words
 
 PARTS = {"i": "input", "c": "computation", "o": "output", "v": "variables", "r": "remaining"}
-_MARKS = {"input": ("in", ""), "computation": ("comp", ""), "output": ("out", ""), "variables": ("[", " ]")}
-_MARKS["remaining"] = ("re", "")
+_MARKS = {
+    "input": ("in", ""),
+    "computation": ("comp", ""),
+    "output": ("out", ""),
+    "variables": ("[", " ]"),
+    "remaining": ("re", ""),
+}
 _START, _BETWEEN, _END = "Thinking step by step: ", " # ", ". Thus, "
 
 
@@ -30,7 +35,9 @@ class Scratchpad:
         if set(parts) - set(PARTS) or len(set(parts)) != len(parts):
             raise UserError(f"{parts!r} is no format of a scratchpad; write each of the letters icovr at most once.")
         self.parts = "".join(each for each in PARTS if each in parts)
-        self.symbols: Sequence[str] = words(_START, _BETWEEN, _END, ",", *(sum(_MARKS.values(), ())))
+        self.symbols: Sequence[str] = words(
+            _START, _BETWEEN, _END, ",", *(mark for pair in _MARKS.values() for mark in pair)
+        )
         self.names = [PARTS[each] for each in self.parts]
         marks = {name: [re.escape(mark.strip()) for mark in _MARKS[name]] for name in self.names}
         self._step = re.compile("".join(rf"{start}(?P<{name}>.*?){end}\s*" for name, (start, end) in marks.items()))
