@@ -1,0 +1,323 @@
+"""Training on tasks, and measuring exact answers."""
+
+import hashlib
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import lookfar
+from lookfar import cli, config, files
+from lookfar.config import ModelConfig
+from lookfar.errors import UserError
+from lookfar.evaluation import accuracy
+from lookfar.model.decoder import Decoder
+from lookfar.tasks.problems import Problems
+from lookfar.tasks.symbols import EOS, PADDING
+from lookfar.training import checkpoint, objectives
+from lookfar.training.problems import Lesson, ProblemLines, padded, tokenizer_of
+from lookfar.training.run import run_whole
+from lookfar.training.train import Interrupted, train
+from tolerance import assert_near
+
+
+@pytest.fixture
+def a_run():
+    """A small run on a task, with overrides."""
+
+    def build(*overrides):
+        content = {
+            "model": {"width": 16, "layers": 1, "heads": 2, "context": 64, "scheme": "alibi", "device": "cpu"},
+            "task": {"name": "copy", "lengths": [2, 3, 5], "examples": 5},
+            "training": {"updates": 6, "batch": 4, "precision": "float32", "evaluate_every": 2},
+            "evaluation": {"lengths": [2, 3, 7]},
+        }
+        return config.build(content, overrides)
+
+    return build
+
+
+def a_model(problems, scheme="rope", **settings):
+    torch.manual_seed(0)
+    size = {"width": 16, "layers": 1, "heads": 2, "context": 64, "dtype": "float64", "device": "cpu"}
+    return Decoder(ModelConfig(vocabulary=len(problems.vocabulary), scheme=scheme, **size, **settings)).eval()
+
+
+def bytes_of(place):
+    last = max(checkpoint.updates(place))
+    return hashlib.sha256((place / "checkpoints" / str(last) / "model.safetensors").read_bytes()).hexdigest()
+
+
+# Lines
+
+
+def test_a_line_does_not_depend_on_the_batch_it_comes_in():
+    lines = Lesson(config.TaskConfig(name="addition")).lines(context=80, seed=3)
+    whole, scored = lines.batch(10, 6), lines.scored(10, 6)
+    for line in range(6):
+        alone, of_it = lines.batch(10 + line, 1)[0], lines.scored(10 + line, 1)[0]
+        assert (whole[line, : len(alone)] == alone).all() and (whole[line, len(alone) :] == PADDING).all()
+        assert (scored[line, : len(alone)] == of_it).all() and not scored[line, len(alone) :].any()
+    assert (whole != Lesson(config.TaskConfig(name="addition")).lines(context=80, seed=4).batch(10, 6)[:, :1]).any()
+
+
+def test_only_what_the_model_writes_is_scored():
+    lesson = Lesson(config.TaskConfig(name="copy", lengths=(4,)))
+    lines = lesson.lines(context=40, seed=0)
+    for tokens, scored in zip(lines.batch(0, 5), lines.scored(0, 5), strict=True):
+        text = lesson.tokenizer.decode(tokens[scored])
+        assert tokens[scored][-1] == EOS and text.split() == lesson.tokenizer.decode(tokens[~scored]).split()[1:5]
+
+
+def test_padding_and_prompts_have_no_part_in_the_loss():
+    problems = Problems("reverse", lengths=[3, 6])
+    lines, model = ProblemLines(problems, context=40, seed=0), a_model(problems)
+    tokens, scored = torch.from_numpy(lines.batch(0, 4)), torch.from_numpy(lines.scored(0, 4))
+    chance = torch.rand(4, tokens.shape[1] - 1)
+    loss = objectives.next_token(model, tokens, None, chance, None, scored)
+    each = []
+    for line, mask in zip(tokens, scored, strict=True):
+        logits = model(line[None, :-1])[0]
+        wanted = line[1:][mask[1:]]
+        each.append(torch.nn.functional.cross_entropy(logits[mask[1:]], wanted).float())
+    assert_near(loss, torch.stack(each).mean())
+    wider = padded([np.append(line.numpy(), [7] * 9) for line in tokens], PADDING)
+    more = torch.cat([scored, torch.zeros(4, 9, dtype=torch.bool)], dim=1)
+    assert_near(objectives.next_token(model, torch.from_numpy(wider), None, chance, None, more), loss)
+
+
+# Training
+
+
+def test_training_on_a_task_goes_on_exactly(a_run, tmp_path):
+    def stop(event):
+        if event["event"] == "update" and event["update"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(a_run(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(a_run(), tmp_path / "stopped", stop)
+    train(a_run(), tmp_path / "stopped")
+    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "stopped")
+
+
+def test_pieces_of_a_batch_of_problems_have_the_gradients_of_the_whole(a_run, tmp_path):
+    double = "model.dtype=float64", "training.evaluate_every=none"
+    whole = train(a_run(*double), tmp_path / "whole").state_dict()
+    pieces = train(a_run(*double, "training.accumulation=4"), tmp_path / "pieces").state_dict()
+    for name, each in whole.items():
+        assert_near(each, pieces[name])
+
+
+@pytest.mark.parametrize("numbering", ["consecutive", "randomized(largest=200)"])
+def test_a_model_learns_to_answer(a_run, tmp_path, numbering):
+    run = a_run(
+        "task.name=summation",
+        "task.lengths=[2, 3]",
+        "evaluation.lengths=[2, 3]",
+        "training.updates=80",
+        "training.batch=16",
+        "training.rate=1e-2",
+        "model.width=32",
+        f"training.numbering={numbering}",
+        "training.evaluate_every=none",
+    )
+    rows = run_whole(run, tmp_path)
+    found = {row["length"]: row for row in rows if row["metric"] == "first_wrong"}
+    assert found[2]["value"] > 0.45 < found[3]["value"]  # `The answer is` at the least
+    before = train(run.model_copy(update={"training": run.training.model_copy(update={"updates": 0})}), tmp_path / "0")
+    assert accuracy.loss(lookfar.load(tmp_path), Problems("summation", lengths=[2, 3]), count=20) < 1
+    assert accuracy.loss(before, Problems("summation", lengths=[2, 3]), count=20) > 2
+
+
+def test_rows_tell_the_last_and_the_best_checkpoint(a_run, tmp_path):
+    rows = [row for row in run_whole(a_run(), tmp_path) if row["protocol"] == "greedy"]
+    keys = {(row["checkpoint"], row["length"], row["metric"]) for row in rows}
+    assert keys == {(c, n, m) for c in ("last", "best") for n in (2, 3, 7) for m in ("accuracy", "first_wrong")}
+    assert {row["length"]: row["split"] for row in rows} == {2: "held_out", 3: "held_out", 7: "other_length"}
+    assert {row["trained"] for row in rows} == {5} and {row["count"] for row in rows} == {5}
+
+
+def test_the_best_checkpoint_is_measured_by_its_own_weights(a_run, tmp_path, monkeypatch):
+    run = a_run("training.checkpoint_every=2", "training.keep=9")
+    train(run, tmp_path)
+    checkpoint.note_best(tmp_path, 2, -1.0)
+    measured, real = [], accuracy.measure
+
+    def note(model, *arguments, **settings):
+        measured.append(model.state_dict()["embedding.weight"].clone())
+        return real(model, *arguments, **settings)
+
+    monkeypatch.setattr(accuracy, "measure", note)
+    run_whole(run, tmp_path)
+    assert len(measured) == 6
+    assert torch.equal(measured[0], lookfar.load(tmp_path).embedding.weight)
+    assert torch.equal(measured[-1], lookfar.load(tmp_path, which=2).embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("task.name=addtion", "No task is named 'addtion'. Did you mean 'addition'?"),
+        ("task.name=none", "task.name is missing"),
+        ("task.lengths=[0]", "task.lengths"),
+        ("task.scratchpad=xy", "no format of a scratchpad"),
+        ("task.scratchpad=icovr", "A task without steps has no scratchpad"),
+        ("model.context=9", "set model.context=1"),
+        ("evaluation.numbering=interpolated", "leave evaluation.numbering out"),
+        ("task.name=copy + reverse", "names 2 tasks"),
+    ],
+)
+def test_a_run_that_cannot_be_trained_on_its_task_is_refused_in_a_sentence(a_run, tmp_path, override, sentence):
+    with pytest.raises(UserError) as told:
+        train(a_run(override), tmp_path / "run")
+    assert sentence in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slots_are_of_texts(a_run, tmp_path):
+    with pytest.raises(UserError, match=r"leave model\.slots out"):
+        train(a_run("model.slots=2", "training.objective=slots"), tmp_path / "run")
+
+
+# Measuring
+
+
+def answers(monkeypatch, write):
+    """A model that writes `write(problem)` after each problem, in tokens."""
+
+    def written(model, problems):
+        return [write(each) for each in problems]
+
+    monkeypatch.setattr(accuracy, "_written", written)
+
+
+def right(problem):
+    return problem.encoded.tokens[problem.encoded.written].tolist()
+
+
+def measured(problems, length=4, count=6):
+    rows = accuracy.measure(a_model(problems), problems, length=length, count=count)
+    return {row["metric"]: row["value"] for row in rows}
+
+
+@pytest.mark.parametrize("scratchpad", [None, "icovr"])
+def test_right_answers_score_one_and_wrong_ones_nothing(monkeypatch, scratchpad):
+    problems = Problems("addition", scratchpad=scratchpad)
+    answers(monkeypatch, right)
+    assert set(measured(problems).values()) <= {1.0, 0.0} and measured(problems)["accuracy"] == 1
+    answers(monkeypatch, lambda problem: [*right(problem), *right(problem)])  # what follows EOS does not count
+    assert measured(problems)["accuracy"] == measured(problems)["first_wrong"] == 1
+    answers(monkeypatch, lambda problem: right(problem)[:-3])
+    assert measured(problems)["accuracy"] == 0 < measured(problems)["first_wrong"] < 1
+    answers(monkeypatch, lambda problem: [EOS])
+    assert measured(problems)["accuracy"] == measured(problems)["first_wrong"] == 0
+
+
+def test_the_first_wrong_token_is_found(monkeypatch):
+    problems = Problems("copy", lengths=[4])
+    answers(monkeypatch, lambda problem: [*right(problem)[:2], -1, *right(problem)[3:]])
+    problem = problems.measured(4, 1)[0]
+    assert measured(problems, count=1)["first_wrong"] == pytest.approx(2 / len(right(problem)))
+
+
+def test_a_right_answer_after_wrong_steps_counts_as_an_answer(monkeypatch):
+    problems = Problems("parity", scratchpad="icovr", lengths=[9])
+    answers(monkeypatch, lambda problem: problems.vocabulary.encode(f" . Thus, {problem.example.target}").tolist())
+    found = measured(problems, length=9)
+    assert found["accuracy"] == 1 and found["scratchpad_steps"] == 0 and found["scratchpad_failed"] == 1
+
+
+@pytest.mark.parametrize("scheme", ["nope", "learned", "t5", "dape_v2", "rope + differential"])
+def test_what_a_model_writes_in_batches_is_what_it_writes_alone(scheme):
+    problems = Problems("addition", lengths=[1, 2, 3])
+    settings = {"positions": 96} if scheme == "learned" else {}
+    model = a_model(problems, scheme, **settings)
+    some = problems.measured(3, 7)
+    together = accuracy._written(model, some)
+    for problem, tokens in zip(some, together, strict=True):
+        (alone,) = accuracy._written(model, [problem])
+        shared = min(len(alone), len(tokens))
+        assert alone[:shared] == tokens[:shared]
+
+
+def test_the_held_out_loss_is_that_of_each_problem_alone():
+    problems = Problems("reverse", lengths=[3, 5])
+    model, losses = a_model(problems), []
+    for length in (3, 5):
+        for problem in problems.measured(length, 3):
+            tokens = torch.from_numpy(problem.encoded.tokens)
+            mask = torch.from_numpy(problem.encoded.written)[1:]
+            logits = model(tokens[None, :-1])[0].float()
+            losses.append(torch.nn.functional.cross_entropy(logits[mask], tokens[1:][mask]).item())
+    assert accuracy.loss(model, problems, count=3) == pytest.approx(float(np.mean(losses)), rel=1e-6)
+
+
+def test_problems_beyond_a_learned_table_are_told():
+    problems = Problems("copy", lengths=[4])
+    model = a_model(problems, "learned", positions=70)
+    with pytest.raises(UserError, match=r"beyond the learned table of 70 positions.*model\.positions="):
+        accuracy.measure(model, problems, length=60, count=2)
+
+
+def test_a_length_without_held_out_problems_gives_no_rows(monkeypatch):
+    problems = Problems("summation", lengths=[2])
+    monkeypatch.setattr(problems.split, "measured", lambda length, count: [])
+    assert accuracy.measure(a_model(problems), problems, length=2, count=5) == []
+
+
+# The command
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`lookfar` with these words: what it prints."""
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["lookfar", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_trains_measures_and_writes(tmp_path, command):
+    recipe = tmp_path / "copy.toml"
+    recipe.write_text(
+        '[model]\nwidth=16\nlayers=1\nheads=2\ncontext=64\ndevice="cpu"\n[task]\nname="copy"\nlengths=[2,3]\n'
+        "examples=4\n[training]\nupdates=2\nbatch=4\n[evaluation]\nlengths=[2,3]\n"
+    )
+    place = tmp_path / "run"
+    assert "accuracy on copy" in command("train", recipe, "--folder", place)
+    before = files.read_lines(place / "rows.jsonl")
+    command("evaluate", place, "--lengths", "4")
+    after = files.read_lines(place / "rows.jsonl")
+    assert {row["length"] for row in after if row["protocol"] == "greedy"} == {2, 3, 4}
+    assert [row for row in after if row["length"] != 4] == before
+    assert command("generate", place, "--prompt", "Copy: a b", "--tokens", "3").startswith("Copy: a b")
+    tokenizer = tokenizer_of(place)
+    assert tokenizer.decode(tokenizer.encode("Copy: a b")) == "Copy: a b"
+
+
+def test_a_run_of_a_task_is_measured_on_nothing_else(a_run, tmp_path):
+    from lookfar.training.evaluate import evaluate_run
+
+    train(a_run(), tmp_path)
+    with pytest.raises(UserError, match="was trained on a task"):
+        evaluate_run(tmp_path, tokens=5)
+
+
+def test_the_task_is_kept_in_the_recipe_and_may_not_change(a_run, tmp_path):
+    train(a_run(), tmp_path)
+    run, _ = lookfar.training.folder.read(tmp_path)
+    assert run.task == a_run().task
+    with pytest.raises(UserError, match=r"task\.bos \(True -> False\)"):
+        train(replace_task(a_run(), bos=False), tmp_path)
+
+
+def replace_task(run, **changes):
+    return run.model_copy(update={"task": run.task.model_copy(update=changes)})
