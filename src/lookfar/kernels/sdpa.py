@@ -116,7 +116,20 @@ class _AttendWithSink(torch.autograd.Function):
         )
         swallowed = (sink - joined).exp()  # the sink's weight: 1 - kept
         towards = (gradient.to(joined.dtype) * output.to(joined.dtype)).sum(-1)
-        return (*inner, (-swallowed * towards).to(sink.dtype), None, None, None)
+        of_sink = (-swallowed * towards).to(sink.dtype)
+        return (*inner, _Once.apply(of_sink) if torch.is_grad_enabled() else of_sink, None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """The same values, which cannot be differentiated again: the log-sum-exp in them has lost how it came about."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        raise NotImplementedError("The fused attention has no second derivative of a sink; ask for kernel='reference'.")
 
 
 def _with_key_in_front(
