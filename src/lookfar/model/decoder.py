@@ -217,6 +217,11 @@ class Decoder(nn.Module):
         return self.embedding.weight.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.embedding.weight.dtype
+
+    @property
     def vocabulary(self) -> int:
         """How many tokens there are."""
         return self.embedding.num_embeddings
