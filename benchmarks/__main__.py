@@ -10,10 +10,16 @@ from pathlib import Path
 import torch
 
 import lookfar
-from benchmarks import decoding, score_maps, tokenization, training_steps
+from benchmarks import decoding, score_maps, sliding, tokenization, training_steps
 from lookfar import files
 
-PARTS = {"training_steps": training_steps, "score_maps": score_maps, "decoding": decoding, "tokenization": tokenization}
+PARTS = {
+    "training_steps": training_steps,
+    "score_maps": score_maps,
+    "decoding": decoding,
+    "sliding": sliding,
+    "tokenization": tokenization,
+}
 
 
 def main() -> None:

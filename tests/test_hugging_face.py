@@ -138,7 +138,7 @@ def test_a_learned_table_ends_and_a_rotation_does_not(tmp_path, loaded):
     assert math.isfinite(measure(model, loaded[1], 16, "non_overlapping")["loss"]["value"])
     with pytest.raises(UserError, match="Length 17 lies beyond the learned table of 16"):
         measure(model, loaded[1], 17, "non_overlapping")
-    with pytest.raises(UserError, match="Length 16 lies beyond .* evaluate at most 15"):
+    with pytest.raises(UserError, match=r"Length 16 lies beyond .* evaluate at most 15"):
         measure(model, loaded[1], 16, "non_overlapping(bos=true)")
 
 
