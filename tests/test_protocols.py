@@ -13,10 +13,12 @@ from lookfar.config import build
 from lookfar.data.spelling import spell
 from lookfar.data.tokenizers import BytesTokenizer, train_bpe
 from lookfar.errors import UserError
+from lookfar.evaluation import perplexity
 from lookfar.evaluation.base import Model, Text
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.evaluation.protocols import find
 from lookfar.evaluation.tally import Tally
+from lookfar.model.packed import pack
 from lookfar.training.evaluate import evaluate_run
 from lookfar.training.run import run_whole
 from test_evaluation import losses_after, measure, model, quiet, scored, text
@@ -144,6 +146,17 @@ def test_overlapping_windows_share_work_and_give_the_same(scheme, stride):
     with torch.no_grad():
         expected = decoder.states(lines)[:, -stride:]
         assert torch.allclose(decoder.states(lines, last=stride, step=stride), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, (None, 4), 3])
+@pytest.mark.parametrize("scheme", ["alibi", "rope + differential_v2", "learned + gate"])
+def test_weights_that_are_laid_out_for_speed_give_the_same(scheme, window, monkeypatch):
+    decoder, laid = model(scheme=scheme, window=window, dtype="float32"), []
+    monkeypatch.setattr(perplexity, "pack", lambda *given: (laid.append(pack(*given)), laid[-1])[1])
+    found = measure(decoder, text(60), 8, "sliding(stride=2)")["loss"]["value"]
+    assert laid[0] is not decoder
+    monkeypatch.setattr(perplexity, "pack", lambda decoder, rows: decoder)
+    assert found == pytest.approx(measure(decoder, text(60), 8, "sliding(stride=2)")["loss"]["value"], rel=1e-5)
 
 
 def test_a_decoder_is_a_model_to_measure():

@@ -16,7 +16,9 @@ from lookfar.errors import UserError
 from lookfar.evaluation.base import Measurement, Model, Progress, Row, Text
 from lookfar.evaluation.protocols import Protocol, Window
 from lookfar.evaluation.tally import Tally
+from lookfar.model.decoder import Decoder
 from lookfar.model.numbering import find
+from lookfar.model.packed import pack
 
 TOGETHER = {"cpu": 1 << 11, "cuda": 1 << 16}  # tokens of the windows that are read at once: what caches hold
 LOGITS = 1 << 20  # entries of the logits that are held at once
@@ -60,7 +62,10 @@ class Perplexity(Measurement):
         number = find(self.numbering, model.context)
         random = torch.Generator().manual_seed(0)
         tally = Tally(text, length, sum(window.scored for window in windows))
-        for batch in _batches(text, windows, TOGETHER.get(model.device.type, TOGETHER["cpu"])):
+        together = TOGETHER.get(model.device.type, TOGETHER["cpu"])
+        if isinstance(model, Decoder):
+            model = pack(model, together)
+        for batch in _batches(text, windows, together):
             inputs = torch.from_numpy(batch.tokens[:, :-1])
             if protocol.bos and text.bos is not None:
                 inputs = torch.cat([torch.full((len(inputs), 1), text.bos), inputs], dim=1)
