@@ -15,7 +15,7 @@ from lookfar.evaluation.perplexity import Perplexity
 from lookfar.evaluation.protocols import find
 from lookfar.model.decoder import Decoder
 
-LAYERS, WIDTH, HEADS, LENGTH, WINDOWS = 4, 256, 4, 512, 8
+LAYERS, WIDTH, HEADS, LENGTH, WINDOWS = 4, 256, 4, 512, 32
 VOCABULARIES = (256, 50_257)
 SCHEMES = ("rope", "alibi")
 NEAR = 1e-5  # the losses of both ways, at most so far apart
