@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import lookfar
-from benchmarks import checkpoints, decoding, score_maps, tokenization, training_steps
+from benchmarks import checkpoints, decoding, score_maps, sliding, tokenization, training_steps
 from lookfar import files
 
 PARTS = {
@@ -18,6 +18,7 @@ PARTS = {
     "score_maps": score_maps,
     "decoding": decoding,
     "checkpoints": checkpoints,
+    "sliding": sliding,
     "tokenization": tokenization,
 }
 

@@ -88,7 +88,12 @@ OTHER = Study(  # every field differs from its default
         reset_optimizer=True,
     ),
     evaluation=EvaluationConfig(
-        lengths=(20, 40), protocols=("sliding(stride=4)",), tokens=512, split="test", numbering="interpolated"
+        lengths=(20, 40),
+        protocols=("sliding(stride=4)",),
+        tokens=512,
+        by_position=True,
+        split="test",
+        numbering="interpolated",
     ),
     study=StudyConfig(schemes=("nope", "rope(base=1e6)"), seeds=(3, 1), title="Kürzer [trained] = #1"),
 )

@@ -43,6 +43,62 @@ def test_tokens_become_logits(scheme, tokens, batch):
     assert torch.equal(model.logits(states), logits)
 
 
+EVERY = ["nope", *lookfar.names("methods"), "rope(scaling=dynamic, factor=2)", "kerple + dape_v2(repair=paper)"]
+TRIPLES = ["rope + dape_v2 + stable_mask", "alibi + learned_sink + gate", "t5 + stable_mask + differential", "learned"]
+
+
+@pytest.mark.parametrize("scheme", [*EVERY, *TRIPLES])
+def test_the_last_states_alone_are_the_last_of_all(scheme):
+    model = build(scheme=scheme, dtype="float64", layers=3)
+    jolt(model)
+    ways = {"consecutive": None, "shuffled": torch.randperm(13, generator=torch.Generator().manual_seed(1))[None]}
+    for positions in ways.values():
+        states = model.states(words(), positions=positions)
+        for last in (1, 5, 13):
+            assert_near(model.states(words(), positions=positions, last=last), states[:, -last:], f"{scheme} {last}")
+
+
+@pytest.mark.parametrize("window", [1, 3, (None, 4), (4, None, 2), (2, 5, 3), 20])
+@pytest.mark.parametrize("scheme", ["rope", "alibi + stable_mask", "kerple + dape_v2", "learned + differential_v2"])
+def test_the_last_states_under_windows_are_the_last_of_all(scheme, window):
+    model = build(scheme=scheme, window=window, dtype="float64", layers=3)
+    jolt(model)
+    states = model.states(words())
+    for last in (1, 2, 7, 13):
+        assert_near(model.states(words(), last=last), states[:, -last:], f"{scheme} {last}")
+
+
+def test_the_last_states_of_documents_are_the_last_of_all():
+    model = build(scheme="alibi + dape_v2", dtype="float64")
+    documents = torch.tensor([[0] * 6 + [1] * 7, [-1] * 2 + [0] * 11])
+    states = model.states(words(), documents=documents)
+    assert_near(model.states(words(), documents=documents, last=3), states[:, -3:])
+
+
+def test_the_last_states_cost_only_what_they_need(monkeypatch):
+    model, rows = build(layers=3, window=(None, 4, 3)), []
+    for block in model.blocks:
+        block.feed_forward.register_forward_hook(lambda module, given, made: rows.append(made.shape[1]))
+    model.states(words(), last=2)
+    assert rows == [2 + 2 + 3, 2 + 2, 2]
+    rows.clear()
+    model.states(words())
+    assert rows == [13, 13, 13]
+
+
+@pytest.mark.parametrize("last", [0, 14])
+def test_more_than_there_is_cannot_be_asked_for(last):
+    with pytest.raises(UserError, match=f"last={last} asks for the last of 13 tokens"):
+        build().states(words(), last=last)
+
+
+def jolt(model):
+    """Move every parameter, so that what starts at zero matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 def plain(model, tokens):
     """The whole decoder written out once more: pre-norm blocks around causal attention, no positions."""
     config, x = model.config, model.embedding(tokens)

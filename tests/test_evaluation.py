@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lookfar.config import ModelConfig, Study, read
+from lookfar.data.spelling import spell
 from lookfar.data.tokenizers import BytesTokenizer, train_bpe
 from lookfar.errors import UserError
 from lookfar.evaluation import perplexity
@@ -42,7 +43,7 @@ def model(**settings):
 
 def text(count, seed=0):
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, count).astype(np.uint8)
-    return Text(tokens, np.arange(1, VOCABULARY + 1), "words@12345678")
+    return Text(tokens, spell([b"x" * size for size in range(1, VOCABULARY + 1)]), "words@12345678")
 
 
 def measure(decoder, stream, length, protocol="non_overlapping"):
@@ -208,13 +209,14 @@ def test_a_loss_beyond_all_numbers_is_an_infinite_perplexity():
 def test_counts_and_names_are_in_the_rows(protocol):
     stream, count = text(30), 13 if "tokens" in protocol else 29
     rows = Perplexity().measure(model(), stream, length=7, protocol=find(protocol), progress=quiet)
-    assert [row["metric"] for row in rows] == ["loss", "perplexity", "bits_per_byte"]
+    assert [row["metric"] for row in rows] == ["loss", "perplexity", "bits_per_byte", "word_perplexity"]
     for row in rows:
         assert row["count"] == count
         assert row["windows"] == len(find(protocol).windows(29, 7))
         assert (row["data"], row["length"], row["unit"]) == ("words@12345678", 7, "token")
         assert row["protocol"] == protocol.replace("(tokens=13)", "")
-        assert json.loads(json.dumps(row)) == row
+        assert (row["first"], row["documents"]) == ("context", 1)
+        assert math.isnan(row["value"]) or json.loads(json.dumps(row)) == row
 
 
 def test_a_capped_measurement_reads_nothing_beyond_its_cap():
@@ -347,7 +349,7 @@ def test_how_many_windows_are_read_at_once_changes_nothing(monkeypatch):
         "states",
         lambda decoder, given, **more: (seen.append(given.numel()), states(decoder, given, **more))[1],
     )
-    monkeypatch.setattr(perplexity, "TOGETHER", 40)
+    monkeypatch.setitem(perplexity.TOGETHER, "cpu", 40)
     assert loss(model(), text(400), 16, "sliding(stride=5)") == pytest.approx(expected, rel=1e-9)
     assert max(seen) <= 48  # whole windows
 
@@ -358,6 +360,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lookfar.config import ModelConfig
+from lookfar.data.spelling import spell
 from lookfar.evaluation.base import Text
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.evaluation.protocols import find
@@ -367,7 +370,7 @@ scheme, length = sys.argv[1], int(sys.argv[2])
 torch.manual_seed(0)
 model = Decoder(ModelConfig(vocabulary=50_000, width=64, layers=1, heads=8, context=128, scheme=scheme)).eval()
 tokens = np.random.default_rng(0).integers(0, 50_000, length + 1).astype(np.uint16)
-text = Text(tokens, np.ones(50_000, np.int64), "noise")
+text = Text(tokens, spell([b"x"] * 50_000), "noise")
 rows = Perplexity().measure(
     model, text, length=length, protocol=find("non_overlapping"), progress=lambda what, part: None
 )

@@ -633,7 +633,7 @@ def test_rows_say_what_was_measured_of_what(a_run, tmp_path):
     assert {(row["run"], row["scheme"], row["seed"], row["context"]) for row in rows} == {("mine", "alibi", 7, 8)}
     assert len({row["data"] for row in rows}) == 1
     measured = {(row["protocol"], row["length"], row["metric"]) for row in rows if row["protocol"] != "training"}
-    metrics = ("loss", "perplexity", "bits_per_byte")
+    metrics = ("loss", "perplexity", "bits_per_byte", "word_perplexity")
     assert measured == {(p, n, m) for p in ("non_overlapping", "sliding") for n in (8, 16) for m in metrics}
     assert {row["count"] for row in rows if row["protocol"] != "training"} == {64}
     trained = {row["metric"]: row["value"] for row in rows if row["protocol"] == "training"}

@@ -163,8 +163,9 @@ class EvaluationConfig(_Settings):
     """Which lengths are measured, in which protocols."""
 
     lengths: tuple[Count, ...] | None = None  # None: the context times 1, 2, 4, 8, 16; of a task: its own
-    protocols: tuple[str, ...] = ("non_overlapping", "sliding")
+    protocols: tuple[str, ...] = ("non_overlapping", "sliding")  # also last(k=256) …: docs/protocols.md
     tokens: Count | None = None  # most tokens scored per length; a protocol may set its own: sliding(tokens=16384)
+    by_position: bool = False  # also the loss by place in the window
     split: Literal["valid", "test"] = "valid"
     numbering: str = "consecutive"  # of the tokens of a window: also randomized(largest=2048), interpolated
 

@@ -13,6 +13,7 @@ from jaxtyping import Int64, Integer, UInt
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lookfar.data.portions import cut
+from lookfar.data.spelling import spell
 from lookfar.errors import UserError
 from lookfar.files import write
 
@@ -22,6 +23,9 @@ _FILE = "tokenizer.json"
 _END = "<|endoftext|>"
 _BYTES = {"type": "bytes"}
 _GROUP = 2**20  # characters
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that byte-level BPE writes as they are
+_OTHER = [byte for byte in range(256) if byte not in _PLAIN]  # and those that it writes as the characters from 256 on
+_BYTE = {chr(byte): bytes([byte]) for byte in _PLAIN} | {chr(256 + n): bytes([b]) for n, b in enumerate(_OTHER)}
 
 
 class Tokenizer(ABC):
@@ -30,15 +34,15 @@ class Tokenizer(ABC):
     Attributes:
         vocabulary: how many tokens there are.
         separator: the token between two documents. No text contains it, but for a NUL character under bytes.
-        lengths: how many bytes of text each token stands for, `[vocabulary]`; 0 for a separator that is no text.
+        spelling: how many bytes of text each token stands for, 0 for a separator that is no text, and how many words.
         dtype: the narrowest unsigned type that holds a token.
         content: all that makes the tokenizer, as JSON.
     """
 
-    def __init__(self, *, separator: int, lengths: Int64[np.ndarray, "v"], content: str) -> None:
-        self.vocabulary = len(lengths)
+    def __init__(self, *, separator: int, spelled: Sequence[bytes], content: str) -> None:
+        self.vocabulary = len(spelled)
         self.separator = separator
-        self.lengths = lengths
+        self.spelling = spell(spelled, separator)
         self.dtype = np.min_scalar_type(self.vocabulary - 1)
         self.content = content
 
@@ -53,6 +57,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> Tokens:
         """The tokens of a text. Nothing in it is taken for the separator of BPE, not even that string."""
         return self.encode_batch([text])[0]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "v"]:
+        """How many bytes of text each token stands for."""
+        return self.spelling.bytes
 
     @property
     def fingerprint(self) -> str:
@@ -72,7 +81,7 @@ class BytesTokenizer(Tokenizer):
     """The bytes of UTF-8: 256 tokens, one byte each. The separator is the byte NUL, and counts as one byte of text."""
 
     def __init__(self) -> None:
-        super().__init__(separator=0, lengths=np.ones(256, np.int64), content=json.dumps(_BYTES))
+        super().__init__(separator=0, spelled=[bytes([each]) for each in range(256)], content=json.dumps(_BYTES))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of several texts, each `uint8`."""
@@ -96,9 +105,8 @@ class BpeTokenizer(Tokenizer):
         if separator is None:
             raise UserError(f"The tokenizer has no token {_END!r} to stand between documents; add it to its {_FILE}.")
         words = [self._model.id_to_token(token) or "" for token in range(self._model.get_vocab_size())]
-        lengths = np.array([len(word) for word in words], np.int64)  # its alphabet writes each byte as one character
-        lengths[separator] = 0
-        super().__init__(separator=separator, lengths=lengths, content=content)
+        spelled = [b"" if token == separator else _bytes(word) for token, word in enumerate(words)]
+        super().__init__(separator=separator, spelled=spelled, content=content)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """The tokens of several texts, on all processors."""
@@ -161,6 +169,11 @@ def _groups(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
                 group, size = [], 0
     if group:
         yield group
+
+
+def _bytes(word: str) -> bytes:
+    """The bytes of a token, which the alphabet of the library writes as one character each."""
+    return b"".join(_BYTE.get(letter, letter.encode()) for letter in word)
 
 
 def _pieces(text: str) -> list[str]:

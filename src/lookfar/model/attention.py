@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lookfar import kernels
 from lookfar.attention.scheme import Scheme, build_scheme
@@ -57,23 +58,29 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(counts.head_width, eps=1e-6) if qk_norm else None
 
     def forward(
-        self, x: Float[Tensor, "b t d"], *, sight: Sight | None = None, cache: LayerCache | None = None
-    ) -> Float[Tensor, "b t d"]:
+        self,
+        x: Float[Tensor, "b t d"],
+        *,
+        sight: Sight | None = None,
+        cache: LayerCache | None = None,
+        step: int | None = None,
+    ) -> Float[Tensor, "b q d"]:
         """What each token receives. Without a sight, tokens are consecutive and see all before them.
 
-        With a cache the keys and values of `x` are appended to it, those of slots excepted, and the sight covers all
-        keys in it and the slots.
+        A sight of fewer queries than tokens asks for the last of them; the others only give keys and values. With a
+        cache the keys and values of `x` are appended to it, those of slots excepted, and the sight covers all keys in
+        it and the slots. With a `step`, each line of `x` is the one before it, moved on by so many tokens.
         """
         if sight is None:
             past = 0 if cache is None else cache.length
             sight = Sight.causal(past + x.shape[1], queries=x.shape[1], window=self.window, device=x.device)
         counts = self.scheme.heads
-        queries, keys, values = self.project(x).split(self.sizes, dim=-1)
+        queries, keys, values = self._projected(x, sight.queries, step)
         queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
         keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
         values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
-        positions = sight.query_positions  # the new tokens are the queries
-        queries, keys = self.scheme.queries(queries, positions), self.scheme.keys(keys, positions)
+        new = sight.query_positions if sight.queries == x.shape[1] else sight.key_positions[:, -x.shape[1] :]
+        queries, keys = self.scheme.queries(queries, sight.query_positions), self.scheme.keys(keys, new)
         if cache is not None and not self.scheme.once:
             raise UserError(
                 f"{self.scheme.expression} encodes all keys anew when the sequence grows, so none can be cached; "
@@ -82,7 +89,18 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = _remembered(cache, keys, values, slots=sight.asking)
         outputs = kernels.attend(queries, keys, values, sight, self.scheme, self.kernel)
-        return self.output(self.scheme.merge(outputs, x).transpose(1, 2).flatten(2))
+        return self.output(self.scheme.merge(outputs, x[:, -sight.queries :]).transpose(1, 2).flatten(2))
+
+    def _projected(self, x: Float[Tensor, "b t d"], asking: int, step: int | None) -> tuple[Tensor, ...]:
+        """The queries of the last tokens, and the keys and values of all; what lines share is projected once."""
+        if asking == x.shape[1] and step is not None and len(x) > 1:
+            text = torch.cat([x[0], x[1:, -step:].flatten(0, 1)])
+            lines = self.project(text).unfold(0, x.shape[1], step).mT  # b p t -> b t p
+            return lines.split(self.sizes, dim=-1)
+        if asking == x.shape[1]:
+            return self.project(x).split(self.sizes, dim=-1)
+        of_queries, of_others = self.project.weight.split([self.sizes[0], sum(self.sizes[1:])])
+        return F.linear(x[:, -asking:], of_queries), *F.linear(x, of_others).split(self.sizes[1:], dim=-1)
 
 
 def attend(

@@ -40,14 +40,18 @@ class Block(nn.Module):
         self.recompute = False  # in training, keep nothing between input and output, and compute it again backwards
 
     def forward(
-        self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None = None
-    ) -> Float[Tensor, "b t d"]:
+        self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None = None, step: int | None = None
+    ) -> Float[Tensor, "b q d"]:
+        """The stream after the layer, for the tokens that the sight lets ask: all, or the last."""
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, sight, cache, use_reentrant=False)
-        return self._compute(x, sight, cache)
+            return checkpoint(self._compute, x, sight, cache, step, use_reentrant=False)
+        return self._compute(x, sight, cache, step)
 
-    def _compute(self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None) -> Float[Tensor, "b t d"]:
-        x = x + self._drop(self.attention(self.attention_norm(x), sight=sight, cache=cache))
+    def _compute(
+        self, x: Float[Tensor, "b t d"], sight: Sight, cache: LayerCache | None, step: int | None
+    ) -> Float[Tensor, "b q d"]:
+        received = self.attention(self.attention_norm(x), sight=sight, cache=cache, step=step)
+        x = x[:, -sight.queries :] + self._drop(received)
         return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
 
     def _drop(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:

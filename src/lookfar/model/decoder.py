@@ -66,8 +66,20 @@ class Decoder(nn.Module):
         documents: Int[Tensor, "b t"] | None = None,
         sight: Sight | None = None,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "b t d"]:
-        """The last hidden states, normalised: what `logits` reads. For arguments see `forward`."""
+        last: int | None = None,
+        step: int | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """The last hidden states, normalised: what `logits` reads. For other arguments see `forward`.
+
+        Args:
+            last: how many of the last tokens are asked for, by default all. What they do not need of the others is
+                left out: in the last layer all but keys and values, and what no window lets them see. It goes with
+                neither `sight` nor `cache`.
+            step: each line is the one before it, moved on by so many tokens of one text. What the first layer makes of
+                a token alone is then made once for all lines. It goes with `last`.
+        """
+        if last is not None and (sight is not None or cache is not None or not 1 <= last <= tokens.shape[1]):
+            raise UserError(f"last={last} asks for the last of {tokens.shape[1]} tokens, without a sight or cache.")
         if sight is not None:
             if positions is not None or documents is not None:
                 raise UserError("A sight has its own positions and documents; give either it or them.")
@@ -85,7 +97,7 @@ class Decoder(nn.Module):
             )
             for window in dict.fromkeys(self.windows)
         }
-        states = self._through(self.embedding(tokens), sights, cache)
+        states = self._through(self.embedding(tokens), sights, cache, last, step)
         _note(cache, positions, documents)
         return states
 
@@ -151,9 +163,14 @@ class Decoder(nn.Module):
         return states[:, :new], states[:, new:].unflatten(1, (anchors, slots))
 
     def _through(
-        self, x: Float[Tensor, "b t d"], sights: dict[int | None, Sight], cache: Cache | None
-    ) -> Float[Tensor, "b t d"]:
-        """Embeddings through all layers."""
+        self,
+        x: Float[Tensor, "b t d"],
+        sights: dict[int | None, Sight],
+        cache: Cache | None,
+        last: int | None = None,
+        step: int | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """Embeddings through all layers, of which the last gives the states of the `last` tokens."""
         places = next(iter(sights.values())).query_positions
         if self.farthest is not None and (reach := int(places.max()) + 1) > self.farthest:
             raise UserError(
@@ -163,9 +180,14 @@ class Decoder(nn.Module):
         if self.encoding is not None:
             x = self.encoding.encode(x, places)
         x = F.dropout(x, self.config.embedding_dropout, self.training and self.config.embedding_dropout > 0)
-        for layer, (block, window) in enumerate(zip(self._blocks(), self.windows, strict=True)):
-            x = block(x, sights[window], None if cache is None else cache.layers[layer])
-        return self.norm(x)
+        asking = [sights[window] for window in self.windows]
+        if last is not None and self.once:  # what encodes all keys anew takes whole sequences only
+            asking = _asking(asking, last)
+        for layer, (block, sight) in enumerate(zip(self._blocks(), asking, strict=True)):
+            given = x if last is None else x[:, -sight.keys :]
+            alike = step if layer == 0 and self.encoding is None and not self.training else None
+            x = block(given, sight, None if cache is None else cache.layers[layer], alike)
+        return self.norm(x if last is None else x[:, -last:])
 
     def logits(self, states: Float[Tensor, "*b d"]) -> Float[Tensor, "*b vocabulary"]:
         """Logits from states, soft-capped where the configuration says so."""
@@ -190,6 +212,26 @@ class Decoder(nn.Module):
         return all(block.attention.scheme.once for block in self._blocks())
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.embedding.weight.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return self.embedding.num_embeddings
+
+    @property
+    def context(self) -> int:
+        """The trained length."""
+        return self.config.context
+
+    @property
     def farthest(self) -> int | None:
         """How many positions the model can number; None: any number."""
         table = getattr(self.encoding, "positions", None)
@@ -212,6 +254,16 @@ class Decoder(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _asking(sights: list[Sight], last: int) -> list[Sight]:
+    """For each layer the last queries that layers above it need, against the keys that one of these can see."""
+    needed = []
+    for sight in reversed(sights):
+        part = sight.rows(sight.queries - last, sight.queries)
+        needed.append(part)
+        last = part.keys
+    return needed[::-1]
 
 
 def device_of(name: str) -> torch.device:

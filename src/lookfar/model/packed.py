@@ -1,4 +1,7 @@
-"""Weights laid out for decoding on a CPU, where a few rows meet a whole matrix and reading it is all the work."""
+"""Weights laid out for a CPU: in decoding a few rows meet a whole matrix and reading it is all the work.
+
+Where many rows meet it, as in evaluation, the layout still saves a tenth of the products.
+"""
 
 import copy
 from typing import TypeVar
@@ -47,6 +50,7 @@ def pack(model: Decoder, rows: int) -> Decoder:
     count = sum(each.numel() for each in model.parameters())
     weight = model.embedding.weight
     suits = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    suits = suits and all(type(each) is nn.Parameter for each in model.parameters())  # no shards of several processes
     if not suits or count > LARGEST or torch.is_autocast_enabled("cpu"):
         return model
     twin = _twin(model, rows)

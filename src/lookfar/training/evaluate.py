@@ -25,6 +25,7 @@ def evaluate_run(
     wanted: Sequence[str] | None = None,
     data: Path | None = None,
     tokens: int | None = None,
+    by_position: bool = False,
     scheme: str | None = None,
     trust: bool = False,
     progress: Progress = lambda what, part: None,
@@ -36,11 +37,17 @@ def evaluate_run(
         lengths, wanted: by default the run's own.
         data: a UTF-8 text file to measure on; by default the held-out split of the run's corpus.
         tokens: most tokens to score per length, by default the run's.
+        by_position: also tell the loss by place in the window, as the run may.
         scheme: run the same weights under another scheme.
         trust: allow schemes of the user's own modules.
     """
     run, _ = run_folder.read(folder)
-    changes = {"lengths": lengths and tuple(lengths), "protocols": wanted and tuple(wanted), "tokens": tokens}
+    changes = {
+        "lengths": lengths and tuple(lengths),
+        "protocols": wanted and tuple(wanted),
+        "tokens": tokens,
+        "by_position": by_position,
+    }
     given = {key: value for key, value in changes.items() if value}
     evaluation = type(run.evaluation)(**{**run.evaluation.model_dump(), **given})
     model = run.model if scheme is None else run.model.model_copy(update={"scheme": scheme})

@@ -1,14 +1,17 @@
 """Measures a run and writes the rows into its folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from lookfar import files
 from lookfar.attention.scheme import spell
 from lookfar.config import Run
 from lookfar.data.base import Split
 from lookfar.data.corpus import Corpus
+from lookfar.data.stream import Stream
 from lookfar.data.tokenizers import Tokenizer
 from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.base import Progress, Row, Text
@@ -38,24 +41,27 @@ def measure(
     for expression in wanted:
         protocol = protocols.find(expression)
         if protocol.tokens is None and run.evaluation.tokens is not None:
-            protocol = protocols.Protocol(protocol.name, run.evaluation.tokens, protocol.cut)
+            protocol = replace(protocol, tokens=run.evaluation.tokens)
         for length in lengths:
-            count = sum(window.scored for window in protocol.windows(len(text.tokens) - 1, length))
-            spelled = None if run.evaluation.numbering == "consecutive" else run.evaluation.numbering
+            windows = protocol.windows(len(text.tokens) - 1, length, text.starts.tolist())
             same = {
                 "scheme": about(run, folder)["scheme"],
-                "numbering": spelled,
+                "numbering": None if run.evaluation.numbering == "consecutive" else run.evaluation.numbering,
                 "data": text.label,
                 "protocol": protocol.name,
                 "length": length,
-                "count": count,
             }
-            found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
-            if not found:
-                with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
-                    found = Perplexity(numbering=run.evaluation.numbering).measure(
-                        model, text, length=length, protocol=protocol, progress=progress
-                    )
+            count = sum(window.scored for window in windows)
+            found = [
+                row
+                for row in known
+                if row.get("of", row["count"]) == count and all(row.get(key) == value for key, value in same.items())
+            ]
+            by_position = run.evaluation.by_position
+            if not found or (by_position and all(row["metric"] != "loss_at" for row in found)):
+                measurement = Perplexity(numbering=run.evaluation.numbering, by_position=by_position)
+                with autocast(run.training.precision, run.model.dtype, model.device):
+                    found = measurement.measure(model, text, length=length, protocol=protocol, progress=progress)
                 found = [{**about(run, folder), **row} for row in found]
                 run_folder.add_rows(folder, found)
             rows += found
@@ -110,7 +116,8 @@ def text_of(corpus: Corpus, split: Split) -> Text:
     return as_text(corpus.tokens(split), corpus.tokenizer, corpus.texts[0].label)
 
 
-def as_text(tokens: Any, tokenizer: Tokenizer, label: str) -> Text:
-    """Tokens as a stream to measure on."""
+def as_text(tokens: np.ndarray | Stream, tokenizer: Tokenizer, label: str) -> Text:
+    """Tokens as a stream to measure on; what begins a text is the separator that ends the one before."""
     unit = "byte" if tokenizer.vocabulary == 256 else "token"
-    return Text(tokens, tokenizer.lengths, label, unit)
+    starts = tokens.starts() if isinstance(tokens, Stream) else np.zeros(1, np.int64)
+    return Text(tokens, tokenizer.spelling, label, unit, starts, tokenizer.separator)
