@@ -67,13 +67,7 @@ class Attention(nn.Module):
         if sight is None:
             past = 0 if cache is None else cache.length
             sight = Sight.causal(past + x.shape[1], queries=x.shape[1], window=self.window, device=x.device)
-        counts = self.scheme.heads
-        queries, keys, values = self.project(x).split(self.sizes, dim=-1)
-        queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
-        keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
-        values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
-        positions = sight.query_positions  # the new tokens are the queries
-        queries, keys = self.scheme.queries(queries, positions), self.scheme.keys(keys, positions)
+        queries, keys, values = self.encoded(x, sight)
         if cache is not None and not self.scheme.once:
             raise UserError(
                 f"{self.scheme.expression} encodes all keys anew when the sequence grows, so none can be cached; "
@@ -83,6 +77,18 @@ class Attention(nn.Module):
             keys, values = _remembered(cache, keys, values, slots=sight.asking)
         outputs = kernels.attend(queries, keys, values, sight, self.scheme, self.kernel)
         return self.output(self.scheme.merge(outputs, x).transpose(1, 2).flatten(2))
+
+    def encoded(
+        self, x: Float[Tensor, "b t d"], sight: Sight
+    ) -> tuple[Float[Tensor, "b h t e"], Float[Tensor, "b g t e"], Float[Tensor, "b g2 t v"]]:
+        """Queries, keys and values of the tokens that ask: what a kernel is given, and a cache is made of."""
+        counts = self.scheme.heads
+        queries, keys, values = self.project(x).split(self.sizes, dim=-1)
+        queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
+        keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
+        values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
+        positions = sight.query_positions  # the new tokens are the queries
+        return self.scheme.queries(queries, positions), self.scheme.keys(keys, positions), values
 
 
 def attend(
