@@ -21,8 +21,10 @@ class Divergence(Analysis):
     All pairs are measured; what a sink takes of a row is one more outcome beside its keys. Of two models: the least of
     all pairs (`divergence_min`), as Kazemnejad et al. define it, and the mean over the one-to-one assignment of heads
     with the least total (`divergence_assigned`); a row without a layer is the mean over layers. Within one model only
-    the pairs are told. Kazemnejad et al., 2023, arXiv 2305.19466, whose published code swaps the arguments of a
-    divergence and so exceeds ln 2, and compares less than half of the pairs.
+    the pairs are told, as `divergence_within`.
+
+    Kazemnejad et al., 2023, arXiv 2305.19466, whose published code swaps the arguments of a divergence and so exceeds
+    ln 2, and compares less than half of the pairs.
     """
 
     def __init__(self, length: int) -> None:
@@ -44,12 +46,13 @@ class Divergence(Analysis):
 
     def conclude(self) -> Findings:
         rows: list[Row] = []
+        name = "divergence" if self._compared else "divergence_within"
         for layer, sums in self._sums.items():
             count = self._counts[layer]
             pairs = sums / count
             about = {"layer": layer, "count": count}
             rows += [
-                {"metric": "divergence", **about, "head": i, "other_head": j, "value": float(pairs[i, j])}
+                {"metric": name, **about, "head": i, "other_head": j, "value": float(pairs[i, j])}
                 for i, j in np.ndindex(pairs.shape)
             ]
             if self._compared:
