@@ -17,8 +17,9 @@ class ScoreMaps(Analysis):
         spread(x) = standard deviation of x[t, j] over the keys j that t sees
 
     A number that a whole row shares has no effect on the softmax, and none on the spread. `map_change` is the mean of
-    (after - before) at a distance in tokens: the bias by distance that a map amounts to, on average. What is not there
-    has no rows. Scores before and after are separate tensors, taken before and after CoPE, DAPE or another map ran.
+    (after - before) at a distance in tokens: the bias by distance that a map amounts to, on average. Beyond three
+    quarters of the length few pairs are left, all at the first tokens, and nothing is told. What is not there has no
+    rows. Scores before and after are separate tensors, taken before and after CoPE, DAPE or another map ran.
 
     Where there is a map, arrays `scores_before/<layer>` and `scores_after/<layer>` [head, query cell, key cell] are the
     means over the visible pairs of a cell on the first input, NaN where none is; cells are those of `attention_maps`.
@@ -28,7 +29,7 @@ class ScoreMaps(Analysis):
         super().__init__(length)
         self._before, self._after, self._seen = (Pictures(length, cells) for _ in range(3))
         self._means = Means()
-        self._edges = torch.tensor(spaced(length - 1, 32))
+        self._distances = spaced(length * 3 // 4, 32)
 
     def look(self, layer: int, trace: Trace, other: Trace | None = None) -> None:
         visible, asked = trace.rows.visible, trace.asked & (trace.seen > 1)
@@ -47,7 +48,7 @@ class ScoreMaps(Analysis):
         keys = sight.first_key + torch.arange(sight.keys, device=change.device)
         distances = queries[:, None] - keys  # q k
         counted = (visible & asked[:, None, :, None]).expand(len(change), -1, -1, -1)
-        for distance in self._edges.tolist():
+        for distance in self._distances:
             there = counted & (distances == distance)
             sums = change.masked_fill(~there, 0.0).sum((0, 2, 3))
             self._means.add_sums("map_change", layer, sums, int(there.sum()), distance=distance)

@@ -28,7 +28,7 @@ STAGE_COLOURS = ("#316ddc", "#922075", "#ce7029")
 
 
 def entropy(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
-    """How evenly heads spread, by layer; then entropy against place, all heads and layers together."""
+    """How evenly heads spread, by layer; then entropy against the keys seen, all heads and layers together."""
     strips = [
         _strip(each, looks, "entropy / ln(keys seen)", f"{length:,} tokens", domain=(0.0, 1.0))
         for length, each in _grouped(_of(rows, "entropy_share"), "length").items()
@@ -37,47 +37,42 @@ def entropy(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerCha
     if not found:
         return strips
     context, farthest = found[0]["context"], found[0]["length"]
-    points = _means(found, ("series", "place"))
-    even = [{"place": place, "value": math.log(place)} for place in np.geomspace(2, farthest, 40)]
+    points = _means(found, ("series", "keys"))
+    even = [{"keys": keys, "value": math.log(keys)} for keys in np.geomspace(2, farthest, 40)]
     x = alt.X(
-        "place:Q",
-        title="place of the query (tokens)",
-        scale=alt.Scale(type="log", domain=[1, farthest], nice=False),
+        "keys:Q",
+        title="keys seen (tokens)",
+        scale=alt.Scale(type="log", domain=[2, farthest], nice=False),
         axis=alt.Axis(grid=False, tickCount=6, format=",d"),
     )
     y = alt.Y("value:Q", title="entropy (nats)", scale=alt.Scale(domainMin=0))
     layers = [
         _data(even).mark_line(strokeDash=[2, 2], color=GREY, strokeWidth=1.2).encode(x, y),
-        _data([{**even[-1], "text": "even: ln n"}])
-        .mark_text(align="right", dx=-4, dy=-6, style="note")
-        .encode(x, y, text="text:N"),
-        *_rule([{"place": context, "text": "trained length"}] if context < farthest else [], x),
+        *_rule([{"keys": context, "text": "trained length"}] if context < farthest else [], x),
         _shown(points).mark_line(strokeWidth=1.8).encode(x, y, _colour(looks)),
         _shown(points).mark_point(filled=True, size=26, opacity=1).encode(x, y, _colour(looks), _shape(looks)),
     ]
-    return [*strips, _panel(layers, f"by place, {farthest:,} tokens")]
+    return [*strips, _panel(layers, f"{farthest:,} tokens (dotted: ln n)")]
 
 
 def attended_distance(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
     """The part of query rows whose largest score lies at each distance: faint for each layer, bold for all."""
     panels = []
     for length, each in _grouped(_of(rows, "distance_share"), "length").items():
-        width = 1 / len({row["distance"] for row in each})
-        layered = _placed(_means(each, ("series", "layer", "distance")), width)
-        together = _placed(_means(each, ("series", "distance")), width)
+        layered = _closed(_means(each, ("series", "layer", "distance")))
+        together = _closed(_means(each, ("series", "distance")))
         x = alt.X(
-            "middle:Q",
+            "distance:Q",
             title="attended distance / keys seen",
             scale=alt.Scale(domain=[0, 1]),
             axis=alt.Axis(grid=False, format=".1~f", tickCount=5),
         )
         y = alt.Y("value:Q", title="part of queries", axis=alt.Axis(format="%", tickCount=5))
-        colour, detail = _colour(looks), ("series:N", "layer:N")
         layers = [
             _shown(layered)
-            .mark_line(strokeWidth=0.8, opacity=0.35, interpolate="step")
-            .encode(x, y, colour, detail=list(detail)),
-            _shown(together).mark_line(strokeWidth=2, interpolate="step").encode(x, y, colour),
+            .mark_line(strokeWidth=0.8, opacity=0.35, interpolate="step-after")
+            .encode(x, y, _colour(looks), detail=["series:N", "layer:N"]),
+            _shown(together).mark_line(strokeWidth=2, interpolate="step-after").encode(x, y, _colour(looks)),
         ]
         panels.append(_panel(layers, f"{length:,} tokens"))
     return panels
@@ -88,8 +83,8 @@ def sink_mass(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerC
     panels = []
     for length, each in _grouped(_of(rows, "first_token_mass"), "length").items():
         even = fmean(row["value"] for row in _of(rows, "even_mass") if row["length"] == length)
-        title = f"first token, {length:,} tokens"
-        panels.append(_strip(each, looks, "mass on the first token", title, level=(even, "even spread")))
+        title = f"first token, {length:,} tokens (dotted: even)"
+        panels.append(_strip(each, looks, "mass on the first token", title, level=even))
     for length, each in _grouped(_of(rows, "sink_mass"), "length").items():
         panels.append(_strip(each, looks, "mass that sinks swallow", f"sinks, {length:,} tokens"))
     return panels
@@ -101,7 +96,7 @@ def score_spread(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.Lay
     colour = alt.Color(
         "stage:N",
         scale=alt.Scale(domain=list(STAGES.values()), range=list(STAGE_COLOURS)),
-        legend=alt.Legend(title="of the scores"),
+        legend=alt.Legend(title="of the scores", symbolOpacity=1),
     )
     offset = alt.XOffset("stage:N", scale=alt.Scale(domain=list(STAGES.values())))
     return [
@@ -160,7 +155,7 @@ def head_pairs(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.Layer
     for metric in ("divergence", "divergence_within"):
         for series, of_series in _grouped(_longest(_of(rows, metric)), "series").items():
             for layer, each in sorted(_grouped(of_series, "layer").items()):
-                against = each[0]["against"] if metric == "divergence" else "itself"
+                against = each[0]["against"] if metric == "divergence" else series
                 panels.append(_pairs(each, f"layer {layer}, {series}", series, against))
     return panels
 
@@ -187,7 +182,7 @@ def score_changes(arrays: Arrays, length: int) -> alt.FacetChart | None:
     changes = {layer: after[layer] - before[layer] for layer in before}
     largest = max(float(np.nanquantile(np.abs(each), 0.99)) for each in changes.values()) or 1.0
     scale = alt.Scale(domain=[-largest, largest], range=list(APART), interpolate="rgb", clamp=True)
-    legend = alt.Legend(title="change (nats)", gradientLength=120, format=".2~g")
+    legend = alt.Legend(title="change (nats)", gradientLength=120, format=".2~g", values=[-largest, 0, largest])
 
     def draw(layer: int, cells: np.ndarray) -> str:
         return picture((cells / largest + 1) / 2, APART)
@@ -208,10 +203,12 @@ def sheet(panels: Sequence[Mapping[str, Any]], columns: int = 3) -> dict[str, An
         return {**panels[0], "background": "white"}
     columns = min(columns, len(panels)) if len(panels) != 4 else 2
     inner = [
-        {key: panel[key] for key in ("layer", "height", "title") if key in panel} | {"width": 260} for panel in panels
+        {key: panel[key] for key in ("data", "layer", "height", "title") if key in panel} | {"width": 260}
+        for panel in panels
     ]
-    lines = [{"hconcat": inner[start : start + columns], "spacing": 24} for start in range(0, len(inner), columns)]
-    return {**first, "background": "white", "vconcat": lines, "spacing": 24}
+    lines = [inner[start : start + columns] for start in range(0, len(inner), columns)]
+    rows = [{"hconcat": line, "spacing": 72, "bounds": "flush"} for line in lines]  # flush: titles stand level
+    return {**first, "background": "white", "vconcat": rows, "spacing": 24}
 
 
 def _strip(
@@ -223,7 +220,7 @@ def _strip(
     offset: alt.XOffset | None = None,
     *,
     domain: tuple[float, float] | None = None,
-    level: tuple[float, str] | None = None,
+    level: float | None = None,
 ) -> alt.LayerChart:
     """A dot for each head, by layer, and a bar at their mean."""
     x = _layers(rows)
@@ -241,11 +238,7 @@ def _strip(
         _shown(_means(rows, kinds)).mark_tick(thickness=2, size=16).encode(x, y, colour, xOffset=offset),
     ]
     if level is not None:
-        at = [{"value": level[0], "text": level[1]}]
-        layers += [
-            _data(at).mark_rule(strokeDash=[2, 2], color=GREY).encode(y),
-            _data(at).mark_text(align="right", dy=-6, style="note").encode(y, x=alt.value("width"), text="text:N"),
-        ]
+        layers.append(_data([{"value": level}]).mark_rule(strokeDash=[2, 2], color=GREY).encode(y))
     return _panel(layers, name)
 
 
@@ -291,8 +284,12 @@ def _curve_panel(rows: Sequence[Row], x_title: str, y_title: str, title: str) ->
 
 def _pairs(rows: Sequence[Row], title: str, series: str, against: str) -> alt.LayerChart:
     heads = max(row["head"] for row in rows) + 1
-    x = alt.X("other_head:O", title=f"head of {against}", axis=alt.Axis(labelAngle=0, domain=False, ticks=False))
-    y = alt.Y("head:O", title=f"head of {series}", axis=alt.Axis(grid=False))
+    x = alt.X(
+        "other_head:O",
+        title=f"head of {against}",
+        axis=alt.Axis(labelAngle=0, domain=False, ticks=False, titleLimit=HEIGHT),
+    )
+    y = alt.Y("head:O", title=f"head of {series}", axis=alt.Axis(grid=False, titleLimit=HEIGHT))
     colour = alt.Color(
         "value:Q",
         scale=alt.Scale(domain=[0, math.log(2)], range=list(reversed(RAMP)), interpolate="rgb"),
@@ -333,7 +330,7 @@ def _maps(
     return (
         alt.layer(images, keys, data=alt.Data(values=tuple(values)))
         .properties(width=CELL, height=CELL)
-        .facet(column=alt.Column("head:O", header=head), row=alt.Row("layer:O", header=side), spacing=10)
+        .facet(column=alt.Column("head:O", header=head), row=alt.Row("layer:O", header=side), spacing=16)
     )
 
 
@@ -358,11 +355,15 @@ def _rule(places: Sequence[Row], x: alt.X) -> list[alt.Chart]:
 
 
 def _panel(layers: Sequence[Any], title: str) -> alt.LayerChart:
-    return alt.LayerChart(layer=list(layers)).properties(height=HEIGHT, width="container", title=title)
+    return alt.LayerChart(layer=list(layers)).properties(
+        height=HEIGHT, width="container", title=alt.TitleParams(title, limit=320)
+    )
 
 
-def _placed(points: Sequence[Row], width: float) -> list[Row]:
-    return [{**point, "middle": point["distance"] + width / 2} for point in points]
+def _closed(points: Sequence[Row]) -> list[Row]:
+    """The bins of a histogram, the last one drawn to its end."""
+    last = max(point["distance"] for point in points)
+    return [*points, *({**point, "distance": 1.0} for point in points if point["distance"] == last)]
 
 
 def _means(rows: Iterable[Row], keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -402,7 +403,7 @@ def _shown(values: Sequence[Any]) -> alt.Chart:
 
 
 def _colour(looks: Mapping[str, Look]) -> alt.Color:
-    legend = alt.Legend(title="run", labelLimit=0) if len(looks) > 1 else None
+    legend = alt.Legend(title="run", labelLimit=280, symbolOpacity=1) if len(looks) > 1 else None
     return alt.Color(
         "series:N", scale=alt.Scale(domain=list(looks), range=[each.colour for each in looks.values()]), legend=legend
     )
