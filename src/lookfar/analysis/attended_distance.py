@@ -32,7 +32,7 @@ class AttendedDistance(Analysis):
         self._means.add("attended_distance", layer, attended, asked)
         bins = (attended * self.bins).long().clamp(max=self.bins - 1)
         for each in range(self.bins):
-            self._means.add("distance_share", layer, bins == each, asked, distance=each / self.bins)
+            self._means.add("distance_share", layer, (bins == each).double(), asked, distance=each / self.bins)
         distance = (trace.weights.double() * behind).sum(-1)
         self._means.add("mean_distance", layer, distance, asked)
         self._means.add("mean_distance_share", layer, distance / seen, asked)

@@ -65,7 +65,7 @@ class Means:
         """Take in sums of every head over `count` rows."""
         if count:
             key = (metric, layer, *place.items())
-            found = sums.double().cpu().numpy()
+            found = sums.detach().double().cpu().numpy()
             self._sums[key] = self._sums[key] + found if key in self._sums else found
             self._counts[key] += count
 

@@ -28,7 +28,9 @@ class BiasCurves(Analysis):
                 continue
             visible = trace.rows.visible[0, 0, place]
             distances = trace.rows.query_positions[0, place] - trace.rows.key_positions[0, visible]
-            biases = trace.bias.expand(-1, -1, trace.sight.queries, -1)[0, :, place, visible].double().cpu().numpy()
+            biases = (
+                trace.bias.expand(-1, -1, trace.sight.queries, -1)[0, :, place, visible].detach().double().cpu().numpy()
+            )
             order = distances.argsort().tolist()
             kept = [order[each] for each in spaced(len(order) - 1)]
             self._curves[layer, query] = {float(distances[each]): biases[:, each] for each in kept}

@@ -40,7 +40,7 @@ class Divergence(Analysis):
         last = max(each.sight.first_key + each.sight.keys for each in (trace, other))
         asked = (trace.asked & other.asked).expand(len(trace.weights), -1)
         found = divergences(_outcomes(trace, first, last), _outcomes(other, first, last))
-        sums = found.masked_fill(~asked[:, None, None], 0.0).sum((0, 3)).cpu().numpy()
+        sums = found.masked_fill(~asked[:, None, None], 0.0).sum((0, 3)).detach().cpu().numpy()
         self._sums[layer] = self._sums.get(layer, 0.0) + sums
         self._counts[layer] += int(asked.sum())
 

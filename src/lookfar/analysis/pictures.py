@@ -22,7 +22,7 @@ class Pictures:
         """Take in rows of the first line of the batch, unless the picture of the layer is complete."""
         if self._rows.get(layer, 0) >= self.length:
             return
-        entries = square[0].double().cpu()
+        entries = square[0].detach().double().cpu()
         queries = (trace.sight.first_query + torch.arange(entries.shape[1])) // self.tokens
         keys = (trace.sight.first_key + torch.arange(entries.shape[2])) // self.tokens
         by_key = entries.new_zeros(*entries.shape[:2], self.cells).index_add_(2, keys, entries)

@@ -47,7 +47,7 @@ class ScoreMaps(Analysis):
         queries = sight.first_query + torch.arange(sight.queries, device=change.device)
         keys = sight.first_key + torch.arange(sight.keys, device=change.device)
         distances = queries[:, None] - keys  # q k
-        counted = (visible & asked[:, None, :, None]).expand(len(change), -1, -1, -1)
+        counted = (visible & trace.asked[:, None, :, None]).expand(len(change), -1, -1, -1)
         for distance in self._distances:
             there = counted & (distances == distance)
             sums = change.masked_fill(~there, 0.0).sum((0, 2, 3))
