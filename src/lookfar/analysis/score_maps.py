@@ -1,7 +1,6 @@
 """What rewrites the scores: how much content, map and bias move them, and where."""
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -43,15 +42,14 @@ class ScoreMaps(Analysis):
         self._seen.add(layer, trace, visible.double())
         change = (trace.after - trace.before).double()
         self._means.add("map_spread", layer, spread(change, visible), asked)
-        sight = trace.sight
-        queries = sight.first_query + torch.arange(sight.queries, device=change.device)
-        keys = sight.first_key + torch.arange(sight.keys, device=change.device)
-        distances = queries[:, None] - keys  # q k
-        counted = (visible & trace.asked[:, None, :, None]).expand(len(change), -1, -1, -1)
+        counted = trace.rows.visible & trace.asked[:, None, :, None]
+        change = change.masked_fill(~counted, 0.0)
         for distance in self._distances:
-            there = counted & (distances == distance)
-            sums = change.masked_fill(~there, 0.0).sum((0, 2, 3))
-            self._means.add_sums("map_change", layer, sums, int(there.sum()), distance=distance)
+            diagonal = trace.sight.first_query - trace.sight.first_key - distance
+            if -trace.sight.queries < diagonal < trace.sight.keys:
+                sums = change.diagonal(diagonal, -2, -1).sum((0, 2))
+                pairs = counted.diagonal(diagonal, -2, -1).expand(len(change), -1, -1)
+                self._means.add_sums("map_change", layer, sums, int(pairs.sum()), distance=distance)
 
     def conclude(self) -> Findings:
         arrays = {}

@@ -16,7 +16,7 @@ from lookfar.model.attention import Attention
 from lookfar.model.decoder import Decoder
 from lookfar.sight import Sight
 
-ENTRIES = 1 << 24  # of one square of scores that is held at once, all heads together
+ENTRIES = 1 << 20  # of one square of scores that is held at once, all heads together
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Seen:
         """Layers in order, each with its number: a whole square, or so many rows at a time that memory is small.
 
         Args:
-            rows: of one trace, at most; by default as many as hold 2^24 scores.
+            rows: of one trace, at most; by default as many as hold 2^20 scores.
         """
         for layer, (attention, x, sight) in enumerate(self.layers):
             heads = attention.scheme.heads.score_heads * len(x)

@@ -150,14 +150,12 @@ def divergence(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.Layer
 
 
 def head_pairs(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
-    """The divergence of every pair of heads at the longest length, a panel for each layer."""
-    panels = []
-    for metric in ("divergence", "divergence_within"):
-        for series, of_series in _grouped(_longest(_of(rows, metric)), "series").items():
-            for layer, each in sorted(_grouped(of_series, "layer").items()):
-                against = each[0]["against"] if metric == "divergence" else series
-                panels.append(_pairs(each, f"layer {layer}, {series}", series, against))
-    return panels
+    """The divergence of every pair of heads at the longest length, by layer: of two runs, or within one."""
+    found = _longest(_of(rows, "divergence") or _of(rows, "divergence_within"))
+    return [
+        _pairs(each, f"layer {layer}", each[0]["series"], each[0].get("against", each[0]["series"]))
+        for layer, each in sorted(_grouped(found, "layer").items())
+    ]
 
 
 def attention_maps(arrays: Arrays, length: int) -> alt.FacetChart | None:
@@ -229,13 +227,15 @@ def _strip(
     kinds = ("series", "layer") if colour is None else ("series", "layer", "stage")
     colour = _colour(looks) if colour is None else colour
     offset = alt.XOffset("series:N", scale=alt.Scale(domain=list(looks))) if offset is None else offset
+    means = _means(rows, kinds)
+    width = max(5, min(16, 260 / (len(means) + 1)))  # of a bar
     tooltip = [alt.Tooltip(each) for each in ("series:N", "layer:O", "head:O")]
     tooltip.append(alt.Tooltip("value:Q", format=".4f"))
     layers = [
         _shown(rows)
         .mark_point(filled=True, size=26, opacity=0.55)
         .encode(x, y, colour, xOffset=offset, tooltip=tooltip),
-        _shown(_means(rows, kinds)).mark_tick(thickness=2, size=16).encode(x, y, colour, xOffset=offset),
+        _shown(means).mark_tick(thickness=2, size=width).encode(x, y, colour, xOffset=offset),
     ]
     if level is not None:
         layers.append(_data([{"value": level}]).mark_rule(strokeDash=[2, 2], color=GREY).encode(y))
