@@ -194,6 +194,17 @@ def specification(chart: Any) -> dict[str, Any]:
     return {**chart.to_dict(validate=False), "params": parameters, "config": theme()}
 
 
+def for_page(panel: Any) -> Any:
+    """A specified panel without its legend of runs: the page has one for all."""
+    if isinstance(panel, list):
+        return [for_page(each) for each in panel]
+    if not isinstance(panel, dict):
+        return panel
+    if panel.get("field") == "series" and "legend" in panel:
+        return {**panel, "legend": None}
+    return {key: each if key == "data" else for_page(each) for key, each in panel.items()}
+
+
 def sheet(panels: Sequence[Mapping[str, Any]], columns: int = 3) -> dict[str, Any]:
     """Specified panels on paper, in lines of at most so many; one that has its own size stays as it is."""
     first = {key: panels[0][key] for key in ("$schema", "params", "config")}

@@ -55,7 +55,7 @@ def write_page(folder: Path) -> Path:
         publish(folder / "figures" / f"{name}.svg", svg.encode())
         publish(folder / "figures" / f"{name}.pdf", vl_convert.svg_to_pdf(svg))
         publish(folder / "figures" / f"{name}.png", vl_convert.svg_to_png(svg, scale=2))
-        sections.append(figure(panels, caption, name, KINDS))
+        sections.append(figure(analysis_figures.for_page(panels), caption, name, KINDS))
     publish(folder / "index.html", compose("What attention does", looks, _head(rows, names, words), sections).encode())
     return folder / "index.html"
 
