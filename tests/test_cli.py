@@ -75,7 +75,20 @@ def test_help_does_not_wait_for_torch():
 
 @pytest.mark.parametrize(
     "verb",
-    ["train", "study", "evaluate", "report", "methods", "explain", "generate", "schedule", "doctor", "sight", "tasks"],
+    [
+        "analyze",
+        "train",
+        "study",
+        "evaluate",
+        "report",
+        "methods",
+        "explain",
+        "generate",
+        "schedule",
+        "doctor",
+        "sight",
+        "tasks",
+    ],
 )
 def test_help_of_every_verb_shows_an_example(verb, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, verb, "--help")

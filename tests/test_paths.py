@@ -19,7 +19,6 @@ from paths import GROUPS, KERNELS, PASSES, PATHS, SIGHTS, TYPES
 from test_kernels import KERNELS as BUILT
 from test_kernels import Shape, leaves, scheme_of
 from test_laws import ALONE, CHOICES, METHODS, PAIRS, one_thread, tensors, words  # noqa: F401  # a fixture
-from tolerance import assert_near
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = random.Random(3).sample(PAIRS, 6)

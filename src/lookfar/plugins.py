@@ -122,7 +122,9 @@ def _find_foreign(room: str, name: str) -> type:
 
 
 def _noun(room: str) -> str:
-    return {"data": "source of text", "evaluation": "measurement"}.get(room, room.removesuffix("s"))
+    return {"data": "source of text", "evaluation": "measurement", "analysis": "analysis"}.get(
+        room, room.removesuffix("s")
+    )
 
 
 def _summands(node: ast.expr) -> list[ast.expr]:

@@ -105,9 +105,17 @@ class Scheme(nn.Module):
 
     def rewrite(self, scores: Float[Tensor, "b h q k"], rows: Rows) -> Float[Tensor, "b h q k"]:
         """The scores after soft-cap and map, with the bias added."""
+        return self.biased(self.mapped(scores, rows), rows)
+
+    def mapped(self, scores: Float[Tensor, "b h q k"], rows: Rows) -> Float[Tensor, "b h q k"]:
+        """The scores after soft-cap and map, before the bias."""
         scores = self.cap(scores)
         for each in self.maps:
             scores = each.rewrite(scores, rows)
+        return scores
+
+    def biased(self, scores: Float[Tensor, "b h q k"], rows: Rows) -> Float[Tensor, "b h q k"]:
+        """The scores with the bias added, unless the map has taken it in."""
         if rows.bias is None or any(not each.keeps_bias for each in self.maps):
             return scores
         return scores + rows.bias

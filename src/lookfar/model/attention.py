@@ -74,13 +74,7 @@ class Attention(nn.Module):
         if sight is None:
             past = 0 if cache is None else cache.length
             sight = Sight.causal(past + x.shape[1], queries=x.shape[1], window=self.window, device=x.device)
-        counts = self.scheme.heads
-        queries, keys, values = self._projected(x, sight.queries, step)
-        queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
-        keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
-        values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
-        new = sight.query_positions if sight.queries == x.shape[1] else sight.key_positions[:, -x.shape[1] :]
-        queries, keys = self.scheme.queries(queries, sight.query_positions), self.scheme.keys(keys, new)
+        queries, keys, values = self.encoded(x, sight, step)
         if cache is not None and not self.scheme.once:
             raise UserError(
                 f"{self.scheme.expression} encodes all keys anew when the sequence grows, so none can be cached; "
@@ -101,6 +95,18 @@ class Attention(nn.Module):
             return self.project(x).split(self.sizes, dim=-1)
         of_queries, of_others = self.project.weight.split([self.sizes[0], sum(self.sizes[1:])])
         return F.linear(x[:, -asking:], of_queries), *F.linear(x, of_others).split(self.sizes[1:], dim=-1)
+
+    def encoded(
+        self, x: Float[Tensor, "b t d"], sight: Sight, step: int | None = None
+    ) -> tuple[Float[Tensor, "b h q e"], Float[Tensor, "b g t e"], Float[Tensor, "b g2 t v"]]:
+        """Queries of the tokens that ask, keys and values of all: what a kernel is given, and a cache is made of."""
+        counts = self.scheme.heads
+        queries, keys, values = self._projected(x, sight.queries, step)
+        queries = _normed(self.query_norm, queries.unflatten(-1, (counts.score_heads, -1)).transpose(1, 2))
+        keys = _normed(self.key_norm, keys.unflatten(-1, (counts.key_heads, -1)).transpose(1, 2))
+        values = values.unflatten(-1, (counts.value_heads, -1)).transpose(1, 2)
+        new = sight.query_positions if sight.queries == x.shape[1] else sight.key_positions[:, -x.shape[1] :]
+        return self.scheme.queries(queries, sight.query_positions), self.scheme.keys(keys, new), values
 
 
 def attend(

@@ -4,17 +4,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from html import escape
-from importlib import resources
 from pathlib import Path
 from statistics import fmean, stdev
-from string import Template
 from typing import Any
 
-from lookfar import files, plugins
+from lookfar import plugins
 from lookfar.config import read_toml
 from lookfar.errors import UserError
+from lookfar.study.page import compose, definitions, figure, publish, resource, swatch, vega_lite
 from lookfar.study.records import METRICS, Part, Record, Row, collect, name_series, parts_of
 
 
@@ -44,7 +42,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     for name, of_parts in panels.items():
         groups = [(part.title, each) for part, each in zip(parts, of_parts, strict=True) if each]
         if groups:
-            svg = vl_convert.vegalite_to_svg(figures.sheet(groups, names), vl_version=_vega_lite())
+            svg = vl_convert.vegalite_to_svg(figures.sheet(groups, names), vl_version=vega_lite())
             contents[page.parent / "figures" / f"{name}.svg"] = svg.encode()
             contents[page.parent / "figures" / f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
     title = _title(records)
@@ -52,9 +50,9 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         _section(part, looks, *drawn, alone=len(parts) == 1)
         for part, *drawn in zip(parts, *panels.values(), strict=True)
     ]
-    contents[page] = _page(title, looks, _head(title, records, parts), sections).encode()
+    contents[page] = compose(title, looks, _head(title, records, parts), sections).encode()
     for path, content in contents.items():
-        _publish(path, content)
+        publish(path, content)
     return page
 
 
@@ -83,7 +81,8 @@ def _head(title: str, records: Sequence[Record], parts: Sequence[Part]) -> str:
     told = [(protocol, known.get(protocol.partition("(")[0])) for protocol in sorted(_values(rows, "protocol"))]
     protocols = [(_spoken(protocol), sentence) for protocol, sentence in told if sentence]
     facts = _facts(parts[0]) if len(parts) == 1 else []
-    return f'<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>\n{_list([*facts, *protocols])}\n{_remarks(records)}'
+    listed = definitions([*facts, *protocols])
+    return f'<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>\n{listed}\n{_remarks(records)}'
 
 
 def _facts(part: Part) -> list[tuple[str, str]]:
@@ -144,38 +143,16 @@ def _spelled(scheme: str) -> str:
         return scheme
 
 
-def _key(name: str, look: Any) -> str:
-    shown = f"{_swatch(look)}{escape(name)}"
-    return f'<button type="button" data-series="{escape(name)}" aria-pressed="true">{shown}</button>'
-
-
-def _swatch(look: Any) -> str:
-    dash = " ".join(map(str, look.dash)) if look.dash[-1] else "none"
-    return (
-        f'<svg class="swatch" viewBox="-14 -6 28 12" aria-hidden="true">'
-        f'<path d="M-14,0H14" stroke="{look.colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
-        f'<path d="{look.shape}" transform="scale(4)" fill="{look.colour}"/></svg>'
-    )
-
-
 def _section(part: Part, looks: Mapping[str, Any], perplexity: Sequence[Row], loss: Sequence[Row], alone: bool) -> str:
-    blocks = [] if alone else [f"<h2>{escape(part.title)}</h2>", _list(_facts(part))]
+    blocks = [] if alone else [f"<h2>{escape(part.title)}</h2>", definitions(_facts(part))]
     words = _words()
     if perplexity:
         seeds = max(len(_values(rows, "seed")) for rows in _grouped(part.rows, "series").values())
-        blocks.append(_figure(perplexity, words["perplexity"] + words["band"] * (seeds > 1), "perplexity"))
+        blocks.append(figure(perplexity, words["perplexity"] + words["band"] * (seeds > 1), "perplexity"))
         blocks.append(_table(part.rows, looks))
     if loss:
-        blocks.append(_figure(loss, words["loss"], "loss"))
+        blocks.append(figure(loss, words["loss"], "loss"))
     return "<section>\n" + "\n".join(blocks) + "\n</section>"
-
-
-def _figure(panels: Sequence[Row], caption: str, name: str) -> str:
-    plain = [json.dumps(panel, ensure_ascii=False, separators=(",", ":"), allow_nan=False) for panel in panels]
-    safe = [text.replace("<", "\\u003c") for text in plain]  # no name ends the script
-    places = "".join(f'<div class="chart"><script type="application/json">{text}</script></div>\n' for text in safe)
-    links = " ".join(f'<a href="figures/{name}.{kind}">{kind.upper()}</a>' for kind in ("svg", "pdf"))
-    return f'<figure><div class="panels">{places}</div><figcaption>{caption} {links}</figcaption></figure>'
 
 
 @dataclass(frozen=True)
@@ -203,7 +180,7 @@ def _table(rows: Sequence[Row], looks: Mapping[str, Any]) -> str:
     ]
     cells = [_cells(column) for column in columns]
     body = [
-        f'<tr data-series="{escape(name)}"><td data-value="{escape(name)}">{_swatch(look)} {escape(name)}</td>'
+        f'<tr data-series="{escape(name)}"><td data-value="{escape(name)}">{swatch(look)} {escape(name)}</td>'
         + "".join(of_column.get(name, '<td data-value="">–</td>') for of_column in cells)
         + "</tr>\n"
         for name, look in looks.items()
@@ -286,11 +263,6 @@ def _spoken(protocol: str) -> str:
     return protocol.replace("non_overlapping", "non-overlapping")
 
 
-def _list(facts: Iterable[tuple[str, str]]) -> str:
-    items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts)
-    return f'<dl class="facts">{items}</dl>'
-
-
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
@@ -310,39 +282,5 @@ def _grouped(rows: Iterable[Row], key: str) -> dict[Any, list[Row]]:
     return groups
 
 
-def _page(title: str, looks: Mapping[str, Any], head: str, sections: Sequence[str]) -> str:
-    keys = "".join(_key(name, look) for name, look in looks.items())
-    parts = {"title": escape(title), "head": head, "keys": keys, "sections": "\n".join(sections)}
-    return Template(_resource("page.html")).substitute(parts, bundle=_bundle())
-
-
 def _words() -> Mapping[str, Any]:
-    return json.loads(_resource("words.json"))
-
-
-def _resource(name: str) -> str:
-    return resources.files("lookfar.study").joinpath(name).read_text(encoding="utf-8")
-
-
-@cache
-def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
-    import vl_convert
-
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_vega_lite())
-    return script.replace("</script", "<\\/script")
-
-
-def _vega_lite() -> str:
-    """The version of Vega-Lite that altair writes, as vl_convert names it."""
-    import altair
-
-    return ".".join(altair.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-
-
-def _publish(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); name another place for the page.") from error
+    return json.loads(resource("words.json"))

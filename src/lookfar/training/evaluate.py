@@ -62,7 +62,7 @@ def evaluate_run(
     with run_folder.claim(folder):
         if run.task.name is not None:
             return measure_problems(decoder, run, folder, progress=progress)
-        text = _own(folder, run.data, run.evaluation.split) if data is None else _other(folder, data)
+        text = held_out(folder, run.data, run.evaluation.split) if data is None else from_file(folder, data)
         return measure(
             decoder,
             text,
@@ -74,11 +74,13 @@ def evaluate_run(
         )
 
 
-def _own(folder: Path, data: DataConfig, split: Split) -> Text:
+def held_out(folder: Path, data: DataConfig, split: Split) -> Text:
+    """A split of the run's own corpus, in the run's tokens."""
     return text_of(open_corpus(data, tokenizer=load_tokenizer(folder)), split)
 
 
-def _other(folder: Path, file: Path) -> Text:
+def from_file(folder: Path, file: Path) -> Text:
+    """A UTF-8 text file, in the run's tokens."""
     tokenizer = load_tokenizer(folder)
     content = read_text(file)
     label = f"{file.name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"

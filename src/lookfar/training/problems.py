@@ -24,8 +24,7 @@ class SymbolTokenizer(Tokenizer):
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         content = json.dumps({"type": "symbols", "pieces": vocabulary.pieces})
-        lengths = np.array([len(each.encode()) for each in vocabulary.pieces], np.int64)
-        super().__init__(separator=EOS, lengths=lengths, content=content)
+        super().__init__(separator=EOS, spelled=[each.encode() for each in vocabulary.pieces], content=content)
         self.symbols = vocabulary
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
