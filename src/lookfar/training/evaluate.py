@@ -12,9 +12,9 @@ from lookfar.data.text_file import read_text
 from lookfar.data.tokenizers import load_tokenizer
 from lookfar.errors import UserError
 from lookfar.evaluation.base import Progress, Row, Text
+from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
-from lookfar.training.checkpoint import load
 from lookfar.training.measure import as_text, measure, text_of
 
 
@@ -48,15 +48,16 @@ def evaluate_run(
     foreign = any("." in term.name for term in plugins.parse(run.data.source))
     if foreign and data is None and not trust:
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
-    decoder = load(folder, scheme=scheme, trust=trust)
+    decoder = checkpoint.load(folder, scheme=scheme, trust=trust)
     check(run)
     with run_folder.claim(folder):
         text = _own(folder, run.data, run.evaluation.split) if data is None else _other(folder, data)
         return measure(
-            decoder,
+            lambda: decoder,
             text,
             run,
             folder,
+            update=checkpoint.newest(folder) or 0,
             lengths=run.lengths,
             wanted=run.evaluation.protocols,
             progress=progress,

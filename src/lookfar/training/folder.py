@@ -121,7 +121,8 @@ def trim_log(folder: Path, update: int) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(part) for part in ("scheme", "data", "protocol", "numbering", "length", "metric", "count"))
+    parts = ("scheme", "data", "protocol", "numbering", "length", "metric", "count", "update")
+    return tuple(row.get(part) for part in parts)
 
 
 def _is_free(key: str) -> bool:

@@ -1,6 +1,6 @@
 """Measures a run and writes the rows into its folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,21 @@ from lookfar.training.precision import autocast
 
 
 def measure(
-    model: Decoder,
+    model: Callable[[], Decoder],
     text: Text,
     run: Run,
     folder: Path,
     *,
+    update: int,
     lengths: Sequence[int],
     wanted: Sequence[str],
     progress: Progress,
     again: bool = False,
 ) -> list[Row]:
-    """Perplexity at every length in every protocol. Rows that the folder has already are not measured again."""
+    """Perplexity at every length in every protocol of the model after an update.
+
+    Rows that the folder has already are not measured again; the model is asked for only where some are missing.
+    """
     known = [] if again else files.read_lines(folder / run_folder.ROWS)
     rows: list[Row] = []
     for expression in wanted:
@@ -46,14 +50,16 @@ def measure(
                 "protocol": protocol.name,
                 "length": length,
                 "count": count,
+                "update": update,
             }
             found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
             if not found:
-                with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
+                decoder = model()
+                with autocast(run.training.precision, run.model.dtype, decoder.embedding.weight.device):
                     found = Perplexity(numbering=run.evaluation.numbering).measure(
-                        model, text, length=length, protocol=protocol, progress=progress
+                        decoder, text, length=length, protocol=protocol, progress=progress
                     )
-                found = [{**about(run, folder), **row} for row in found]
+                found = [{**about(run, folder), "update": update, **row} for row in found]
                 run_folder.add_rows(folder, found)
             rows += found
     return rows

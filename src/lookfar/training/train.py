@@ -44,6 +44,10 @@ class Interrupted(Exception):
         self.update, self.signal = update, number
 
 
+class Diverged(UserError):
+    """A loss or a gradient is not finite."""
+
+
 def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> Decoder:
     """Train a run to its end, from its last checkpoint where there is one; the answer is the trained model.
 
@@ -51,7 +55,7 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
     divide every batch; the first alone writes.
 
     Raises:
-        UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite.
+        UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite (`Diverged`).
         Interrupted: SIGINT or SIGTERM came; the run is saved and the same call goes on from there.
     """
     check(run)
@@ -67,12 +71,12 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
     kept = budgets(config.schedule)  # a run of several budgets is several runs: each can be branched
     lines = corpus.lines(context=run.model.context, seed=config.seed)
     if not checkpoint.updates(folder):
-        start.refuse(run, corpus.label)
+        start.refuse(run, corpus.label, folder)
     with _claimed(folder, processes), torch.random.fork_rng(), _asked_to_stop() as asked:
         last = processes.only_first(partial(_prepare, folder, run, corpus))
         torch.manual_seed(config.seed)
         model = Decoder(run.model).train()
-        first, state = _begin(folder, run, corpus.label, model, last)
+        first, state = _begin(folder, run, model, last)
         model.recompute(config.checkpoint_activations)
         if config.parallel == "sharded" and processes.count > 1:
             sharding.shard(model)
@@ -92,7 +96,7 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
                 processes.average(model.parameters())
                 norm = sharding.clip(model, config.clip or math.inf)
                 if not math.isfinite(loss) or not math.isfinite(norm):
-                    raise UserError(_not_finite(folder, update, loss, norm, config.batch))
+                    raise Diverged(_not_finite(folder, update, loss, norm, config.batch))
                 optimizer.step()
                 optimizer.zero_grad()
                 seconds, done = time.monotonic() - started, update + 1
@@ -198,10 +202,10 @@ def _prepare(folder: Path, run: Run, corpus: Corpus) -> int | None:
     return last
 
 
-def _begin(folder: Path, run: Run, label: str, model: Decoder, last: int | None) -> tuple[int, dict[str, Any] | None]:
+def _begin(folder: Path, run: Run, model: Decoder, last: int | None) -> tuple[int, dict[str, Any] | None]:
     """Bring the model to its last checkpoint, or to where the run begins: updates done, and the training state."""
     if last is None:
-        return start.begin(run, label, model)
+        return start.begin(run, model, folder)
     return last, checkpoint.restore(folder, last, model, mapped=run.training.parallel == "sharded")
 
 
