@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lookfar import files
 from lookfar.batch import consecutive
 from lookfar.config import Run
 from lookfar.data.corpus import Corpus, open_corpus
@@ -299,7 +300,8 @@ def _held_out(model: Decoder, corpus: Corpus, run: Run) -> float:
 
 
 def _training_rows(run: Run, folder: Path, corpus: Corpus, model: Decoder, seconds: float) -> list[dict[str, Any]]:
-    tokens = run.training.updates * run.training.batch * run.model.context
+    logged = [line["update"] for line in files.read_lines(folder / run_folder.LOG) if "loss" in line]
+    tokens = len(logged) * run.training.batch * run.model.context  # a branch has not done what its trunk did
     values = {
         "parameters": count_parameters(model),
         "training_seconds": seconds,
