@@ -64,10 +64,7 @@ def connected(places: int | None, watching: Watching) -> Iterator[OnRay]:
         UserError: Ray is not installed.
         Stopped: Ctrl-C came, and the runs have saved what they did.
     """
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise UserError('Ray is not installed; install it with: pip install "lookfar[cluster]".') from error
+    ray = imported()
     own = not ray.is_initialized()
     if own:
         ray.init(log_to_driver=False, include_dashboard=False)
@@ -80,6 +77,14 @@ def connected(places: int | None, watching: Watching) -> Iterator[OnRay]:
     finally:
         if own:
             ray.shutdown()
+
+
+def imported() -> Any:
+    """The library, or a `UserError` that says how to install it."""
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise UserError('Ray is not installed; install it with: pip install "lookfar[cluster]".') from error
 
 
 def _work(content: dict[str, Any], place: str) -> str | None:

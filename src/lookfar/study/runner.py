@@ -10,6 +10,7 @@ from lookfar import config, files
 from lookfar.config import Study
 from lookfar.data.corpus import open_corpus
 from lookfar.errors import UserError
+from lookfar.study import on_ray
 from lookfar.study.grid import expand, rate_of
 from lookfar.study.planned import Planned
 from lookfar.study.work import Job, Pool
@@ -34,6 +35,8 @@ def run_study(
             Ray as many as the cluster has room for.
         on: "ray": on the Ray cluster that RAY_ADDRESS names, or a local one.
     """
+    if on == "ray":
+        on_ray.imported()
     planned = {each.name: each for each in expand(study)}
     with run_folder.claim(folder):
         for each in planned.values():
@@ -51,9 +54,7 @@ def run_study(
 @contextmanager
 def _pool(workers: int | None, on: str | None, watching: Watching) -> Iterator[Pool]:
     if on == "ray":
-        from lookfar.study.on_ray import connected  # late: an extra
-
-        with connected(workers, watching) as pool:
+        with on_ray.connected(workers, watching) as pool:
             yield pool
     elif workers is None:
         yield Here(watching)
@@ -114,6 +115,6 @@ def _refuse_another(planned: Planned, folder: Path) -> None:
 
 def _prepare_texts(planned: Mapping[str, Planned], watching: Watching) -> None:
     """Make every text ready before several processes ask for it at once."""
-    with watching("text: ") as watch:
+    with watching(f"[0/{len(planned)}] text: ") as watch:
         for data in {each.run.data.model_dump_json(): each.run.data for each in planned.values()}.values():
             open_corpus(data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))

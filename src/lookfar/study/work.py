@@ -97,4 +97,4 @@ def _note(job: Job) -> None:
 def _diverged(job: Job) -> dict[str, Any]:
     data = run_folder.read(job.folder)[1]
     row = {**about(job.run, job.folder), "data": data, "protocol": "training", "length": job.run.model.context}
-    return {**row, "metric": "loss", "value": None, "count": 0}
+    return {**row, "metric": "perplexity", "value": None, "count": 0}
