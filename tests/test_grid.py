@@ -112,6 +112,12 @@ def test_a_branch_comes_after_its_trunk_of_the_same_seed():
         assert short.run.training.branch == f"long-s{seed}@8"
 
 
+def test_a_branch_is_off_the_run_of_its_own_scheme_and_point():
+    study = a_study(runs=BUDGETS[2:4], schemes=["rope", "alibi"], grid={"model.width": [16, 32]})
+    trunks = {each.name: each.after for each in expand(study) if each.after}
+    assert len(trunks) == 4 and all(after == name.replace("short", "long") for name, after in trunks.items())
+
+
 def test_what_budgets_cost_is_counted_as_by_hand():
     study = a_study(runs=BUDGETS)
     assert of(study, "cosine-20-s0").notes["spent"] == {10: 10, 20: 30}

@@ -89,6 +89,8 @@ def test_two_workers_give_the_rows_of_one(a_study, whole, started, tmp_path):
     assert len(started) == 2 and started[0].returncode == started[1].returncode == 0
     kinds = {event["event"] for events in watching.events.values() for event in events}
     assert {"start", "update", "evaluation"} <= kinds
+    assert run_study(a_study(), tmp_path, Watching(), workers=2) == {} and contents(tmp_path) == whole
+    assert len(started) == 2  # to see that all is done needs no process
 
 
 def test_a_worker_that_is_killed_is_begun_again_once(a_study, whole, started, tmp_path):

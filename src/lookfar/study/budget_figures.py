@@ -49,7 +49,7 @@ def cost(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]
     x = alt.X(
         "spent:Q",
         title="updates spent on this and all smaller budgets",
-        scale=alt.Scale(domain=[0, max(point["spent"] for point in points) * 1.14], nice=False),
+        scale=alt.Scale(domain=[0, max(point["spent"] for point in points) * 1.03], nice=False),
         axis=alt.Axis(grid=False, tickCount=6, format=",d"),
     )
     low, high = min(point["low"] for point in points), max(point["high"] for point in points)
@@ -72,7 +72,7 @@ def cost(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]
         .mark_line(color=GREY, strokeWidth=0.8, strokeDash=[2, 3])
         .encode(x, axes.y("value"), detail="budget:N"),
         alt.Chart(alt.Data(values=[_headline(each) for each in contours]))
-        .mark_text(dx=8, dy=-9, align="left", style="note")
+        .mark_text(dx=-8, dy=9, align="right", style="note")
         .encode(x, axes.y("value"), text="text:N"),
         shown([point for point in points if point["low"] < point["high"]])
         .mark_rule(strokeWidth=1.2)
@@ -135,9 +135,9 @@ def _point(series: str, budget: int, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _headline(contour: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where the budget of a contour is told: at its upper right."""
-    last = max(contour, key=lambda point: (point["spent"], point["value"]))
-    return {"spent": last["spent"], "value": last["value"], "text": f"{last['budget']:,} updates"}
+    """Where the budget of a contour is told: at its lower left, where no curve passes."""
+    first = min(contour, key=lambda point: (point["spent"], point["value"]))
+    return {"spent": first["spent"], "value": first["value"], "text": f"{first['budget']:,} updates"}
 
 
 def _has_rates(history: Row) -> bool:

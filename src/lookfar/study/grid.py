@@ -83,10 +83,12 @@ def _points(study: Study) -> Iterator[_Point]:
         coordinates = [f"{short[key]}={_shown(value)}" for key, value in at.items()]
         own = slug(scheme) if scheme else _pattern(study) if variant is None else None
         names = [own, variant and variant.name, *map(_plain, coordinates)]
+        trunk, _, update = str(changes.get("training.branch")).rpartition("@")
+        if trunk in {each.name for each in told.runs}:  # that of this scheme and point of the grid
+            changes["training.branch"] = f"{_joined([own, trunk, *names[2:]])}@{update}"
         labels = [scheme and len(schemes) > 1 and scheme, variant and (variant.label or variant.name), *coordinates]
-        base = "-".join(name for name in names if name)
         label = " · ".join(each for each in labels if each)
-        yield _Point(_cut(base), label if variant or at else None, tuple({**changes, **at}.items()))
+        yield _Point(_joined(names), label if variant or at else None, tuple({**changes, **at}.items()))
 
 
 def _with_seeds(study: Study, point: _Point) -> Iterator[Planned]:
@@ -213,5 +215,7 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cut(name: str) -> str:
+def _joined(names: Sequence[str | None]) -> str:
+    """Names as one, not too long for a folder."""
+    name = "-".join(each for each in names if each)
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

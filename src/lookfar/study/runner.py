@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lookfar import config, files
-from lookfar.config import Study
+from lookfar.config import Run, Study
 from lookfar.data.corpus import open_corpus
 from lookfar.errors import UserError
 from lookfar.study import on_ray
@@ -17,6 +17,7 @@ from lookfar.study.work import Job, Pool
 from lookfar.study.workers import Here, Watching, working
 from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
+from lookfar.training.schedules import ends
 
 
 def run_study(
@@ -45,7 +46,7 @@ def run_study(
         if workers is not None or on is not None:
             _prepare_texts(planned, watching)
         with _pool(workers, on, watching) as pool:
-            failed = _do_all(planned, folder, pool)
+            failed = _do_all(planned, folder, pool, Here(watching))
         rows = [row for name in planned for row in files.read_lines(folder / name / run_folder.ROWS)]
         files.write_lines(folder / run_folder.ROWS, rows)
     return {name: failed[name] for name in planned if name in failed}
@@ -63,7 +64,7 @@ def _pool(workers: int | None, on: str | None, watching: Watching) -> Iterator[P
             yield pool
 
 
-def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool) -> dict[str, str]:
+def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool, here: Here) -> dict[str, str]:
     """Do each run when what it needs has ended and a place is free; the answer says why runs failed."""
     failed: dict[str, str] = {}
     waiting, running, ended = dict(planned), set[str](), set[str]()
@@ -80,14 +81,26 @@ def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool) -> dict[st
                 continue
             title = f"[{list(planned).index(each.name) + 1}/{len(planned)}] {each.name}: "
             running.add(each.name)
-            pool.start(Job(title, folder / each.name, run.run, run.notes))
+            by = here if _is_done(folder / each.name, run.run) else pool  # to see that, no process need be started
+            by.start(Job(title, folder / each.name, run.run, run.notes))
+            if by is here:
+                break
         if running:
-            name, reason = pool.ended()
+            name, reason = (here if here.job else pool).ended()
             running.remove(name)
             ended.add(name)
             if reason is not None:
                 failed[name] = reason
     return failed
+
+
+def _is_done(place: Path, run: Run) -> bool:
+    """Whether a run is trained and, by the number of its rows, measured."""
+    rows = [row for row in files.read_lines(place / run_folder.ROWS) if row["metric"] == "perplexity"]
+    found = [(row["length"], row.get("update")) for row in rows]
+    wanted = [(length, update) for length in run.lengths for update in ends(run.training)]
+    trained = checkpoint.read_manifest(place).get("finished") == run.training.updates
+    return trained and all(found.count(each) >= len(run.evaluation.protocols) for each in wanted)
 
 
 def _ready(planned: Planned, folder: Path, failed: Mapping[str, str]) -> Planned:

@@ -43,9 +43,10 @@ class Here:
 
     def ended(self) -> tuple[str, str | None]:
         """Do it."""
-        assert self.job is not None
-        with self.watching(self.job.title) as watch:
-            return self.job.name, do(self.job, watch)
+        job, self.job = self.job, None
+        assert job is not None
+        with self.watching(job.title) as watch:
+            return job.name, do(job, watch)
 
 
 class Workers:
