@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -184,6 +186,52 @@ def test_a_study_on_ray_without_ray_says_what_to_install(a_study, tmp_path, monk
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'pip install "lookfar\[cluster\]"'):
         run_study(a_study(), tmp_path, Watching(), on="ray")
+
+
+class Cluster:
+    """What is used of Ray; a task is done when it is waited for, that of a run in `deaths` is lost."""
+
+    def __init__(self, deaths=()):
+        self.deaths, self.options, self.open = deaths, [], False
+        self.exceptions = SimpleNamespace(RayError=ConnectionError)
+
+    def init(self, **options):
+        self.open = True
+
+    def shutdown(self):
+        self.open = False
+
+    def is_initialized(self):
+        return self.open
+
+    def cluster_resources(self):
+        return {"CPU": 6.0}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
+
+    def remote(self, **options):
+        self.options.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *words: partial(function, *words))
+
+    def wait(self, tasks, num_returns):
+        return tasks[:num_returns], tasks[num_returns:]
+
+    def get(self, task):
+        if Path(task.args[0]["folder"]).name in self.deaths:
+            raise self.exceptions.RayError
+        return task()
+
+
+def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monkeypatch):
+    cluster = Cluster(deaths=["alibi-s3"])
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    failed = run_study(a_study(), tmp_path, Watching(), workers=3, on="ray")
+    assert failed == {"alibi-s3": "Its worker died twice (ConnectionError)."} and not cluster.open
+    assert cluster.options == [{"num_cpus": 2, "max_retries": 1}]
+    cluster.deaths = ()
+    assert run_study(a_study(), tmp_path, Watching(), on="ray") == {}
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.long

@@ -15,7 +15,6 @@ from typing import Any
 from lookfar import config, files
 from lookfar.config import Study, read_toml
 from lookfar.errors import UserError
-from lookfar.study.grid import expand
 from lookfar.study.planned import Planned
 from lookfar.study.records import METRICS, Part, Record, Row, collect, name_series, parts_of
 
@@ -166,6 +165,8 @@ def _remarks(records: Sequence[Record]) -> str:
 
 def _planned(source: Path) -> list[Planned]:
     """The runs of a study, where it still says them."""
+    from lookfar.study.grid import expand  # late: it knows all of training
+
     try:
         return expand(config.read(source / "study.toml", (), Study)) if (source / "study.toml").is_file() else []
     except UserError:
