@@ -17,6 +17,7 @@ from lookfar.config import (
     Study,
     StudyConfig,
     TrainingConfig,
+    Variant,
     build,
     read,
     read_toml,
@@ -95,7 +96,16 @@ OTHER = Study(  # every field differs from its default
         split="test",
         numbering="interpolated",
     ),
-    study=StudyConfig(schemes=("nope", "rope(base=1e6)"), seeds=(3, 1), title="Kürzer [trained] = #1"),
+    study=StudyConfig(
+        schemes=("nope", "rope(base=1e6)"),
+        seeds=(3, 1),
+        title="Kürzer [trained] = #1",
+        grid={"model.width": (48, 96), "training.betas": ((0.9, 0.99), (0.8, 0.9))},
+        runs=(Variant(name="short", label='a "b"', **{"training.updates": 3}), Variant(name="plain")),
+        choose_rate=(1e-3, 3e-3),
+        choose_updates=5,
+        choose_seed=8,
+    ),
 )
 
 
@@ -261,8 +271,7 @@ def test_a_mistake_in_python_is_told_like_one_in_a_recipe():
 def test_a_missing_table_is_told():
     with pytest.raises(UserError, match="The setting 'study' is missing"):
         build({}, kind=Study)
-    with pytest.raises(UserError, match=r"The setting 'study\.schemes' is missing"):
-        build({"study": {}}, kind=Study)
+    assert build({"study": {}}, kind=Study).study.schemes is None  # that of the model
     with pytest.raises(UserError, match=r"study\.schemes"):
         build({"study": {"schemes": []}}, kind=Study)
 

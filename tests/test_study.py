@@ -14,7 +14,8 @@ import pytest
 from lookfar import cli, config, files
 from lookfar.config import Study
 from lookfar.errors import UserError
-from lookfar.study.runner import run_study, slug
+from lookfar.study.grid import slug
+from lookfar.study.runner import run_study
 from lookfar.training import checkpoint
 from lookfar.training.run import run_whole
 from lookfar.training.train import Interrupted

@@ -4,6 +4,7 @@ An unknown key, a value of the wrong type and sizes that do not fit are told at 
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -185,12 +186,49 @@ class Run(_Settings):
         return self.evaluation.lengths or tuple(self.model.context * factor for factor in (1, 2, 4, 8, 16))
 
 
-class StudyConfig(_Settings):
-    """What a study varies: every scheme is trained with every seed."""
+class Variant(_Settings):
+    """A run of a study by its name: other keys of it are what it changes, as `training.updates = 200`."""
 
-    schemes: Annotated[tuple[str, ...], Field(min_length=1)]
+    name: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9_.+=-]*$")]  # of its folder, before the seed
+    label: str | None = None  # of its curve in the report, which runs of several budgets share; None: the name
+    set: dict[str, Any] = {}  # frozen: dotted keys and their values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("set", {}), dict):
+            return content  # refused as what it is
+        own = {key: content[key] for key in ("name", "label") if key in content}
+        rest = {key: value for key, value in content.items() if key not in ("name", "label", "set")}
+        return {**own, "set": {**_flat(content.get("set", {})), **_flat(rest)}}
+
+
+class StudyConfig(_Settings):
+    """What a study varies: each scheme, each of its runs and each point of its grid is trained with each seed."""
+
+    schemes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: that of the model
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     title: str = "Train short, test long"
+    grid: dict[str, Any] = {}  # dotted keys and lists of values, of which every combination is a run
+    runs: tuple[Variant, ...] = ()  # in turn, each with its own changes; a branch names another: "wsd@800"
+    choose_rate: Annotated[tuple[Positive, ...], Field(min_length=2)] | None = None  # each is tried before the seeds
+    choose_updates: Count | None = None  # of such a trial; None: as many as the run
+    choose_seed: Annotated[int, Field(ge=0)] | None = None  # of such a trial; None: one more than the largest seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, content: Any) -> Any:
+        grid = content.get("grid") if isinstance(content, dict) else None
+        return {**content, "grid": _flat(grid)} if isinstance(grid, dict) else content
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StudyConfig":
+        for key, values in self.grid.items():
+            if not isinstance(values, list | tuple) or not values:
+                raise ValueError(f"study.grid.{key} ({_toml(values)}) must be a list of values")
+        if self.choose_rate is None and (self.choose_updates, self.choose_seed) != (None, None):
+            raise ValueError("choose_updates and choose_seed are of choose_rate; set study.choose_rate=[1e-3, 3e-3]")
+        return self
 
 
 class Study(Run):
@@ -226,17 +264,27 @@ def build(content: dict[str, Any], overrides: Iterable[str] = (), kind: type[Run
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{override!r} is not an override; write it as 'training.updates=40'.")
-        content = _put(content, key.strip().split("."), _literal(text.strip()), key.strip())
+        content = put(content, key.strip(), _literal(text.strip()))
     return kind(**_with_none(content))
 
 
+def put(content: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Plain content with the value under a dotted key."""
+    return _put(content, key.split("."), value, key)
+
+
 def write_toml(content: dict[str, Any]) -> str:
-    """Plain content as TOML: tables of plain values; None is written as "none", which `build` reads."""
-    lines = [f"{key} = {_toml(value)}" for key, value in content.items() if _is_plain(value)]
+    """Plain content as TOML, tables and lists of tables in it; None is written as "none", which `build` reads."""
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    lists: list[tuple[str, dict[str, Any]]] = []
     for key, value in content.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items() if _is_plain(v))]
-    return "\n".join(lines).strip() + "\n"
+        if not isinstance(value, dict):
+            tables[""][key] = value
+            continue
+        tables[f"[{key}]"] = {name: each for name, each in value.items() if not _is_tables(each)}
+        lists += [(f"[[{key}.{name}]]", table) for name, each in value.items() if _is_tables(each) for table in each]
+    blocks = [[head] * bool(head) + _assignments(table) for head, table in [*tables.items(), *lists]]
+    return "\n\n".join("\n".join(block) for block in blocks).strip() + "\n"
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -292,8 +340,24 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _is_plain(value: Any) -> bool:
-    return not isinstance(value, dict)
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _assignments(table: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key, value in table.items():
+        name = prefix + (key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml(key))
+        lines += _assignments(value, f"{name}.") if isinstance(value, dict) else [f"{name} = {_toml(value)}"]
+    return lines
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Tables in tables as one table of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def _with_none(value: Any) -> Any:

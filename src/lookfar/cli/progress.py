@@ -19,6 +19,16 @@ def watching(title: str = "") -> Iterator[Callable[[dict[str, Any]], None]]:
         show.close()
 
 
+@contextmanager
+def in_lines(title: str = "") -> Iterator[Callable[[dict[str, Any]], None]]:
+    """As `watching`, for several things that happen at once: never a live line."""
+    show = _Lines(title)
+    try:
+        yield show.tell
+    finally:
+        show.close()
+
+
 class _Lines:
     """A line at the start, then one every few seconds."""
 

@@ -1,4 +1,7 @@
-"""`lookfar study`: trains and measures every scheme with every seed, then writes the report."""
+"""`lookfar study`: trains and measures every run of a study, then writes the report."""
+
+from enum import StrEnum
+from typing import Annotated
 
 import typer
 
@@ -12,10 +15,29 @@ def add(app: typer.Typer) -> None:
     )(study)
 
 
-def study(recipe: Recipe, folder: Folder = None, set_: Overrides = None) -> None:
-    """Run a study: schemes × seeds. What is finished is skipped; the same command goes on where it stopped."""
+class Cluster(StrEnum):
+    """Where runs may be sent."""
+
+    ray = "ray"
+
+
+def study(
+    recipe: Recipe,
+    folder: Folder = None,
+    set_: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time, each in a process of its own.", metavar="N", min=1)
+    ] = None,
+    on: Annotated[
+        Cluster | None, typer.Option(help="Send the runs to a Ray cluster: that of RAY_ADDRESS, or a local one.")
+    ] = None,
+) -> None:
+    """Run a study: schemes, or any keys, × seeds.
+
+    What is finished is skipped; the same command goes on where it stopped.
+    """
     from lookfar import config
-    from lookfar.cli.progress import watching
+    from lookfar.cli.progress import in_lines, watching
     from lookfar.study.report import write_report
     from lookfar.study.runner import run_study
     from lookfar.training.train import Interrupted
@@ -23,7 +45,8 @@ def study(recipe: Recipe, folder: Folder = None, set_: Overrides = None) -> None
     place = folder_of(recipe, folder)
     plan = config.read(recipe, set_ or (), config.Study)
     try:
-        failed = run_study(plan, place, watching)
+        alone = workers is None and on is None
+        failed = run_study(plan, place, watching if alone else in_lines, workers=workers, on="ray" if on else None)
     except Interrupted as stop:
         typer.echo(f"{stop} The same command goes on from there.", err=True)
         raise typer.Exit(128 + stop.signal) from None

@@ -1,7 +1,8 @@
 """Draws measurement rows and training logs: pure functions from plain rows to altair charts.
 
 A row is a line of `rows.jsonl` with one key more, `series`: the name under which its curve appears (its scheme, unless
-several folders bring the same one). A history is what one run logged: `series`, `run`, `update` and `loss`.
+several folders bring the same one). A history is what one run logged: `series`, `run`, `update`, `loss` and `rate`,
+and `curve`: what its seeds share and no other run of the series.
 """
 
 import json
@@ -68,17 +69,17 @@ def looks(schemes: Mapping[str, str]) -> dict[str, Look]:
 
 
 def perplexity(rows: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
-    """Perplexity against length, a panel for each protocol.
+    """Perplexity against length, a panel for each protocol, and for each budget where there are several.
 
     The rows share their data, trained length and unit; the panels share the axis of perplexity.
     """
     rows = [row for row in rows if row["metric"] == "perplexity"]
-    points = {protocol: _points(each) for protocol, each in sorted(_grouped(rows, "protocol").items())}
+    points = {title: _points(each) for title, each in panels_of(rows).items()}
     finite = [point for each in points.values() for point in each if point["piece"] is not None]
     if not finite:
         return []
     frame = _frame(finite)
-    return [_perplexity_panel(protocol, each, frame, rows[0], looks) for protocol, each in points.items()]
+    return [_perplexity_panel(title, each, frame, rows[0], looks) for title, each in points.items()]
 
 
 def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerChart]:
@@ -87,7 +88,7 @@ def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerC
     if not histories:
         return []
     most = max(100, min(POINTS, POINTS * 15 // len(histories)))
-    curves = [_smoothed(series, each) for series, each in _grouped(histories, "series").items()]
+    curves = [_smoothed(each) for each in grouped(histories, "curve").values()]
     x = alt.X(
         "update:Q",
         title="updates",
@@ -95,23 +96,27 @@ def loss(histories: Sequence[Row], looks: Mapping[str, Look]) -> list[alt.LayerC
         axis=alt.Axis(grid=False, tickCount=6, format=",d"),
     )
     faint = max(0.07, min(0.25, 4 / len(histories)))
-    axes = _Axes(x, "update", _loss_frame([curve["smooth"] for curve in curves]), "training loss (nats)")
+    axes = Axes(x, "update", _loss_frame([curve["smooth"] for curve in curves]), "training loss (nats)")
     tooltip = [alt.Tooltip("series:N", title="scheme"), alt.Tooltip("last:Q", title="last running median")]
     layers = [
-        _shown([_thinned(history, most) for history in histories])
+        shown([_thinned(history, most) for history in histories])
         .transform_flatten(["update", "loss"])
         .mark_line(clip=True, strokeWidth=0.6)
-        .encode(x, axes.y("loss"), _colour(looks), detail="run:N", opacity=_opacity(faint)),
-        _shown(curves)
+        .encode(x, axes.y("loss"), coloured(looks), detail="run:N", opacity=faded(faint)),
+        shown(curves)
         .transform_flatten(["update", "smooth"])
         .mark_line(clip=True, strokeWidth=1.8)
-        .encode(x, axes.y("smooth"), _colour(looks), _dash(looks), opacity=_opacity(), tooltip=tooltip),
+        .encode(
+            x, axes.y("smooth"), coloured(looks), dashed(looks), detail="curve:N", opacity=faded(), tooltip=tooltip
+        ),
     ]
+    longest = {curve["series"]: curve for curve in sorted(curves, key=lambda curve: curve["update"][-1])}
     ends = [
-        {"series": c["series"], "label": _short(c["series"]), "x": c["update"][-1], "value": c["last"]} for c in curves
+        {"series": name, "label": shortened(name), "x": curve["update"][-1], "value": curve["last"]}
+        for name, curve in longest.items()
     ]
-    chart = alt.LayerChart(layer=[*layers, *_labels(ends, axes, looks)])
-    return [chart.properties(height=_height(ends), width="container")]
+    chart = alt.LayerChart(layer=[*layers, *labelled(ends, axes, looks)])
+    return [chart.properties(height=height_of(ends), width="container")]
 
 
 def specification(chart: alt.LayerChart) -> dict[str, Any]:
@@ -125,12 +130,14 @@ def sheet(groups: Sequence[tuple[str, Sequence[Row]]], names: Iterable[str], wid
 
     A group is its title and its panels; `names` are the series, for which the margins leave room.
     """
-    margin = 90 + 5.7 * max(len(_short(name)) + 7 for name in names)
+    margin = 90 + 5.7 * max(len(shortened(name)) + 7 for name in names)
     blocks = []
     for title, each in groups:
         columns = min(len(each), max(1, int(width // (200 + margin))))
         size = {"width": int(max(200, min(480, width / columns - margin)))}
-        inner = [{key: panel[key] for key in ("layer", "height", "title") if key in panel} | size for panel in each]
+        inner = [
+            {key: panel[key] for key in ("data", "layer", "height", "title") if key in panel} | size for panel in each
+        ]
         lines = [{"hconcat": inner[start : start + columns], "spacing": 12} for start in range(0, len(inner), columns)]
         block = {"vconcat": lines, "spacing": 24}
         several = {"title": {"text": title, "fontSize": 14, "offset": 12}} if len(groups) > 1 else {}
@@ -202,7 +209,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 @dataclass(frozen=True)
-class _Axes:
+class Axes:
     x: alt.X
     field: str  # of x
     frame: tuple[float, float]  # of y
@@ -227,7 +234,7 @@ _BEYOND = {"series:N": "scheme", "beyond:N": "outside the frame"}
 
 
 def _perplexity_panel(
-    protocol: str, points: Sequence[dict[str, Any]], frame: tuple[float, float], row: Row, looks: Mapping[str, Look]
+    title: str, points: Sequence[dict[str, Any]], frame: tuple[float, float], row: Row, looks: Mapping[str, Look]
 ) -> alt.LayerChart:
     context, lengths = row["context"], sorted({point["length"] for point in points})
     x = alt.X(
@@ -241,41 +248,41 @@ def _perplexity_panel(
             labelOverlap="greedy",
         ),
     )
-    axes = _Axes(x, "length", frame, f"perplexity per {row['unit']}")
-    look, shape = {"color": _colour(looks), "opacity": _opacity()}, _shape(looks)
+    axes = Axes(x, "length", frame, f"perplexity per {row['unit']}")
+    look, shape = {"color": coloured(looks), "opacity": faded()}, shaped(looks)
     finite = [point for point in points if point["piece"] is not None]
     lost = [{**point, "value": frame[1], "beyond": point["mean"]} for point in points if point["piece"] is None]
     trained = alt.Chart(alt.Data(values=[{"length": context, "text": "trained length"}])).encode(x)
     layers = [
         trained.mark_rule(strokeDash=[3, 3], style="trained"),
         trained.mark_text(y=-9, align="left", style="note").encode(text="text:N"),
-        _shown([point for point in finite if point["low"] < point["high"]])
+        shown([point for point in finite if point["low"] < point["high"]])
         .mark_area(clip=True)
-        .encode(x, axes.y("low"), alt.Y2("high:Q"), _colour(looks), detail="piece:N", opacity=_opacity(0.16)),
-        _shown(finite)
+        .encode(x, axes.y("low"), alt.Y2("high:Q"), coloured(looks), detail="piece:N", opacity=faded(0.16)),
+        shown(finite)
         .mark_line(clip=True, strokeWidth=1.8)
-        .encode(x, axes.y("value"), strokeDash=_dash(looks), detail="piece:N", **look),
-        _shown(_departures(points, frame[1]))
+        .encode(x, axes.y("value"), strokeDash=dashed(looks), detail="piece:N", **look),
+        shown(_departures(points, frame[1]))
         .mark_point(filled=True, size=60, shape=ARROW)
         .encode(x, axes.y("value"), tooltip=_tooltip(_BEYOND), **look),
-        _shown(lost)
+        shown(lost)
         .mark_point(filled=True, size=30, shape=CROSS)
         .encode(x, axes.y("value"), tooltip=_tooltip(_BEYOND), **look),
-        _shown([point for point in finite if point["value"] <= frame[1]])
+        shown([point for point in finite if point["value"] <= frame[1]])
         .mark_point(filled=True, size=30)
         .encode(x, axes.y("value"), shape=shape, tooltip=_tooltip(_POINT), **look),
     ]
-    ends = [_end(each, frame[1]) for each in _grouped(points, "series").values()]
-    chart = alt.LayerChart(layer=[*layers, *_labels(ends, axes, looks)])
-    return chart.properties(height=_height(ends), width="container", title=protocol.replace("_", "-"))
+    ends = [_end(each, frame[1]) for each in grouped(points, "series").values()]
+    chart = alt.LayerChart(layer=[*layers, *labelled(ends, axes, looks)])
+    return chart.properties(height=height_of(ends), width="container", title=title)
 
 
 def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One point for each series and length, over seeds. A line is drawn through the finite points of a `piece`."""
     points = []
-    for series, of_series in sorted(_grouped(rows, "series").items()):
+    for series, of_series in sorted(grouped(rows, "series").items()):
         piece = 0
-        for length, each in sorted(_grouped(of_series, "length").items()):
+        for length, each in sorted(grouped(of_series, "length").items()):
             values = [float(row["value"]) for row in each]
             finite = all(math.isfinite(value) and value > 0 for value in values)
             piece += not finite
@@ -305,7 +312,7 @@ def _unfinite(values: Sequence[float]) -> str:
 
 def _frame(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """The perplexities that are shown: all, unless a minority explodes and would flatten the rest to one line."""
-    series = _grouped(points, "series").values()
+    series = grouped(points, "series").values()
     low, high = min(point["low"] for point in points), max(point["high"] for point in points)
     usual = 3 * median(min(point["value"] for point in each) for each in series)
     usual = max(usual, 10 * low, median(max(point["high"] for point in each) for each in series))
@@ -316,7 +323,7 @@ def _frame(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
 def _departures(points: Sequence[dict[str, Any]], top: float) -> list[dict[str, Any]]:
     """Where curves leave the frame, and what they reach outside."""
     gone = []
-    for series, each in _grouped(points, "series").items():
+    for series, each in grouped(points, "series").items():
         outside = [point for point in each if point["piece"] is None or point["value"] > top]
         beyond = ", ".join(f"{point['mean']} at {point['length']:,}" for point in outside)
         places = [each[0]["length"]] if each[0]["piece"] and each[0]["value"] > top else []
@@ -330,7 +337,7 @@ def _departures(points: Sequence[dict[str, Any]], top: float) -> list[dict[str, 
 
 def _end(points: Sequence[dict[str, Any]], top: float) -> dict[str, Any]:
     """The label at the end of a curve; what lies outside the frame is told in numbers."""
-    last, series, label = points[-1], points[-1]["series"], _short(points[-1]["series"])
+    last, series, label = points[-1], points[-1]["series"], shortened(points[-1]["series"])
     if last["piece"] is None:
         return {"series": series, "label": f"{label} × {last['mean']}", "x": None, "value": math.inf}
     if last["value"] > top:
@@ -338,50 +345,74 @@ def _end(points: Sequence[dict[str, Any]], top: float) -> dict[str, Any]:
     return {"series": series, "label": label, "x": last["length"], "value": last["value"]}
 
 
-def _short(name: str) -> str:
+def shortened(name: str) -> str:
     return name if len(name) <= 32 else f"{name[:16]}…{name[-15:]}"
 
 
-def _labels(ends: Sequence[dict[str, Any]], axes: _Axes, looks: Mapping[str, Look]) -> list[alt.Chart]:
+def labelled(ends: Sequence[dict[str, Any]], axes: Axes, looks: Mapping[str, Look]) -> list[alt.Chart]:
     """Names in the right margin, moved apart where curves end close together, each tied to the end of its curve."""
     low, high = map(math.log, axes.frame)
-    height, edge = _height(ends), alt.value("width")
+    height, edge = height_of(ends), alt.value("width")
     ends = [{**end, "value": min(end["value"], axes.frame[1])} for end in sorted(ends, key=lambda end: end["value"])]
     wanted = [(math.log(end["value"]) - low) / (high - low) * height for end in ends]
     places = [
         {**end, "place": math.exp(low + place / height * (high - low)), axes.field: end["x"]}
         for end, place in zip(ends, spread(wanted, LINE, 0.0, float(height)), strict=True)
     ]
-    look = {"color": _colour(looks), "opacity": _opacity()}
+    look = {"color": coloured(looks), "opacity": faded()}
     return [
-        _shown([place for place in places if place["x"] is not None])
+        shown([place for place in places if place["x"] is not None])
         .mark_rule(strokeWidth=0.7, x2Offset=13)
-        .encode(axes.x, axes.y("value"), x2=edge, y2="place:Q", color=_colour(looks), opacity=_opacity(0.6)),
-        _shown(places)
+        .encode(axes.x, axes.y("value"), x2=edge, y2="place:Q", color=coloured(looks), opacity=faded(0.6)),
+        shown(places)
         .mark_point(filled=True, size=30, xOffset=19)
-        .encode(axes.y("place"), x=edge, shape=_shape(looks), **look),
-        _shown(places)
+        .encode(axes.y("place"), x=edge, shape=shaped(looks), **look),
+        shown(places)
         .mark_text(align="left", xOffset=28, style="label")
-        .encode(axes.y("place"), x=edge, text="label:N", opacity=_opacity()),
+        .encode(axes.y("place"), x=edge, text="label:N", opacity=faded()),
     ]
 
 
-def _height(ends: Sequence[Any]) -> int:
+def height_of(ends: Sequence[Any]) -> int:
     return max(HEIGHT, int(LINE * len(ends)))
+
+
+def panels_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by protocol, and by budget where there are several, under a title."""
+    several = len(budgets_of(rows)) > 1
+    panels: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["protocol"], several and row.get("update", 0))):
+        after = f" after {row['update']:,} updates" if several and "update" in row else ""
+        panels.setdefault(row["protocol"].replace("_", "-") + after, []).append(row)
+    return panels
+
+
+def budgets_of(rows: Sequence[Row]) -> list[int]:
+    """After how many updates models were measured, where some series has several such; else none."""
+    of_series = {
+        name: {row["update"] for row in each if "update" in row} for name, each in grouped(rows, "series").items()
+    }
+    return sorted(set().union(*of_series.values())) if any(len(each) > 1 for each in of_series.values()) else []
 
 
 def _finite(history: Row) -> dict[str, Any]:
     pairs = [pair for pair in zip(history["update"], history["loss"], strict=True) if 0 < pair[1] < math.inf]
-    return {**history, "update": [update for update, _ in pairs], "loss": [value for _, value in pairs]}
+    return {
+        "curve": history["series"],
+        **history,
+        "update": [update for update, _ in pairs],
+        "loss": [value for _, value in pairs],
+    }
 
 
 def _thinned(history: Row, most: int) -> dict[str, Any]:
     kept = thin(history["loss"], most)
     losses = tuple(float(f"{history['loss'][index]:.4g}") for index in kept)
-    return {**history, "update": tuple(history["update"][index] for index in kept), "loss": losses}
+    about = {key: history[key] for key in ("series", "run")}
+    return {**about, "update": tuple(history["update"][index] for index in kept), "loss": losses}
 
 
-def _smoothed(series: str, histories: Sequence[Row]) -> dict[str, Any]:
+def _smoothed(histories: Sequence[Row]) -> dict[str, Any]:
     """The running median of all seeds together, at 200 updates; every loss takes part, none is thinned before."""
     updates = np.concatenate([history["update"] for history in histories])
     order = np.argsort(updates, kind="stable")
@@ -391,7 +422,8 @@ def _smoothed(series: str, histories: Sequence[Row]) -> dict[str, Any]:
     spans = zip(np.searchsorted(updates, at - half), np.searchsorted(updates, at + half, side="right"), strict=True)
     pairs = [(int(u), float(np.median(losses[a:b]))) for u, (a, b) in zip(at, spans, strict=True) if b > a]
     smooth = tuple(float(f"{value:.5g}") for _, value in pairs)
-    return {"series": series, "update": tuple(update for update, _ in pairs), "smooth": smooth, "last": smooth[-1]}
+    about = {key: histories[0][key] for key in ("series", "curve")}
+    return {**about, "update": tuple(update for update, _ in pairs), "smooth": smooth, "last": smooth[-1]}
 
 
 def _loss_frame(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -400,7 +432,7 @@ def _loss_frame(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
     return low / 1.03, max(low * 1.1, *(max(curve[len(curve) // 10 :]) for curve in curves)) * 1.02
 
 
-def _shown(values: Sequence[Any]) -> alt.Chart:
+def shown(values: Sequence[Any]) -> alt.Chart:
     data = alt.Data(values=tuple(values))  # a tuple: altair copies lists at every step
     return alt.Chart(data).transform_filter("indexof(hidden, datum.series) < 0")
 
@@ -409,19 +441,19 @@ def _tooltip(titles: Mapping[str, str]) -> list[alt.Tooltip]:
     return [alt.Tooltip(field, title=title) for field, title in titles.items()]
 
 
-def _opacity(value: float = 1.0) -> Any:
+def faded(value: float = 1.0) -> Any:
     return alt.condition("lit == '' || lit == datum.series", alt.value(value), alt.value(value * 0.12))
 
 
-def _colour(looks: Mapping[str, Look]) -> alt.Color:
+def coloured(looks: Mapping[str, Look]) -> alt.Color:
     return alt.Color("series:N", scale=_scale(looks, [look.colour for look in looks.values()]), legend=None)
 
 
-def _shape(looks: Mapping[str, Look]) -> alt.Shape:
+def shaped(looks: Mapping[str, Look]) -> alt.Shape:
     return alt.Shape("series:N", scale=_scale(looks, [look.shape for look in looks.values()]), legend=None)
 
 
-def _dash(looks: Mapping[str, Look]) -> alt.StrokeDash:
+def dashed(looks: Mapping[str, Look]) -> alt.StrokeDash:
     return alt.StrokeDash("series:N", scale=_scale(looks, [list(look.dash) for look in looks.values()]), legend=None)
 
 
@@ -429,7 +461,7 @@ def _scale(looks: Mapping[str, Look], values: list[Any]) -> alt.Scale:
     return alt.Scale(domain=list(looks), range=values)
 
 
-def _grouped(rows: Iterable[Any], key: str) -> dict[Any, list[Any]]:
+def grouped(rows: Iterable[Any], key: str) -> dict[Any, list[Any]]:
     groups: dict[Any, list[Any]] = defaultdict(list)
     for row in rows:
         groups[row[key]].append(row)

@@ -35,7 +35,23 @@ class Record:
     settings: Mapping[str, Any]
     rows: Sequence[Row]
     losses: Mapping[int, float]  # by update
+    rates: Mapping[int, float]
     failure: str  # the last line of error.txt
+
+    @property
+    def label(self) -> str:
+        """The name of its curve: what its study calls it, else its scheme."""
+        return next((row["label"] for row in self.rows if isinstance(row.get("label"), str)), self.scheme)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its study says which runs share a curve."""
+        return any("label" in row for row in self.rows)
+
+    @property
+    def trial(self) -> bool:
+        """Whether it was only trained to choose a rate."""
+        return any("candidate" in row for row in self.rows)
 
     @property
     def measured(self) -> list[Row]:
@@ -59,7 +75,7 @@ class Part:
     group: Group
     records: Sequence[Record]
     rows: Sequence[Row]  # with `series`, the name of their curve
-    histories: Sequence[Row]  # `series`, `run`, `update` and `loss` of each run that was trained here
+    histories: Sequence[Row]  # `series`, `curve`, `run`, `update`, `loss` and `rate` of each run that was trained here
 
     @property
     def title(self) -> str:
@@ -86,11 +102,11 @@ def collect(folders: Sequence[Path]) -> list[Record]:
 
 
 def name_series(records: Sequence[Record]) -> list[str]:
-    """Name the curve of every run: its scheme, and its folder too where runs would be taken for each other.
+    """Name the curve of every run: its label, and its folder too where runs would be taken for each other.
 
     Runs share a curve, with a band over seeds, only if nothing but the seed tells them apart.
     """
-    names = [record.scheme for record in records]
+    names = [record.label for record in records]
     for finer in (
         [record.source.resolve().name for record in records],
         [record.folder.resolve().name for record in records],
@@ -99,14 +115,14 @@ def name_series(records: Sequence[Record]) -> list[str]:
         alike = [(a, b) for a, b in combinations(range(len(records)), 2) if names[a] == names[b]]
         mixed = {names[a] for a, b in alike if not _may_share(records[a], records[b])}
         names = [
-            f"{record.scheme} · {place}" if name in mixed else name
+            f"{record.label} · {place}" if name in mixed else name
             for record, name, place in zip(records, names, finer, strict=True)
         ]
     return names
 
 
 def _may_share(one: Record, other: Record) -> bool:
-    """Whether two runs of a scheme are seeds of one thing, or never stand on one axis."""
+    """Whether two runs of a label are seeds or budgets of one thing, or never stand on one axis."""
 
     def decisive(record: Record) -> dict[str, Any]:
         sections = {name: record.settings.get(name, {}) for name in ("model", "data", "training")}
@@ -114,6 +130,8 @@ def _may_share(one: Record, other: Record) -> bool:
         return {key: value for key, value in settings.items() if key not in INDIFFERENT}
 
     if one.groups and other.groups and not set(one.groups) & set(other.groups):
+        return True
+    if one.labelled and other.labelled and one.source == other.source:
         return True
     return one.seed != other.seed and decisive(one) == decisive(other)
 
@@ -131,7 +149,9 @@ def _read(folder: Path, source: Path) -> list[Record]:
     """The runs of a folder: one, unless its rows have several schemes or seeds; the trained one comes first."""
     settings = read_toml(folder / "run.toml") if (folder / "run.toml").is_file() else {}
     lines = files.read_lines(folder / "log.jsonl")
-    losses = {line["update"]: float(line["loss"]) for line in lines if line.get("loss") is not None}
+    updates = [line for line in lines if line.get("loss") is not None]
+    losses = {line["update"]: float(line["loss"]) for line in updates}
+    rates = {line["update"]: float(line["rate"]) for line in updates if "rate" in line}
     error = folder / "error.txt"
     failure = error.read_text(encoding="utf-8", errors="replace").strip() if error.is_file() else ""
 
@@ -143,7 +163,16 @@ def _read(folder: Path, source: Path) -> list[Record]:
         spelled = scheme if isinstance(scheme, str) else " | ".join(scheme)
         runs = {(folder.name, spelled, settings.get("training", {}).get("seed")): []}
     return [
-        Record(folder, source, *run, settings, rows, {} if place else losses, failure.rpartition("\n")[2])
+        Record(
+            folder,
+            source,
+            *run,
+            settings,
+            rows,
+            {} if place else losses,
+            {} if place else rates,
+            failure.rpartition("\n")[2],
+        )
         for place, (run, rows) in enumerate(runs.items())
     ]
 
@@ -154,7 +183,7 @@ def _read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(files.read_lines(path), start=1):
         if line.get("metric") in METRICS:
             row = _checked(line, f"{path}, line {number}")
-            key = tuple(row.get(name) for name in ("run", "metric", "unit", *KEYS) if name != "count")
+            key = tuple(row.get(name) for name in ("run", "metric", "unit", "update", *KEYS) if name != "count")
             kept[key] = max(row, kept.get(key, row), key=lambda row: row["count"])
     return list(kept.values())
 
@@ -176,18 +205,22 @@ def parts_of(records: Sequence[Record], names: Sequence[str]) -> list[Part]:
     """The groups that runs were trained in, then those in which they were measured besides."""
     homes = [_home(record, records) for record in records]
     groups = dict.fromkeys([*homes, *(group for record in records for group in record.groups)])
+    ends = [(name, record.setting("training", "updates")) for name, record in zip(names, records, strict=True)]
+    several = {name for name in names if len({end for each, end in ends if each == name}) > 1}
+    curves = [f"{name}, {end}" if name in several else name for name, end in ends]
     parts = []
     for group in groups:
         there, rows, histories = [], [], []
-        for record, name, home in zip(records, names, homes, strict=True):
+        for record, name, curve, home in zip(records, names, curves, homes, strict=True):
             if group in (home, *record.groups):
                 there.append(record)
                 about_training = [row for row in record.rows if row["metric"] != "perplexity"]
                 measured = [row for row in record.measured if (row["data"], row["context"], row["unit"]) == group]
                 rows += [{**row, "series": name} for row in (*about_training, *measured)]
             if group == home:
+                about = {"series": name, "curve": curve, "run": f"{record.folder}/{record.name}"}
                 drawn = {"update": list(record.losses), "loss": list(record.losses.values())}
-                histories.append({"series": name, "run": f"{record.folder}/{record.name}", **drawn})
+                histories.append({**about, **drawn, "rate": [record.rates.get(update) for update in record.losses]})
         parts.append(Part(group, there, rows, histories))
     return parts
 

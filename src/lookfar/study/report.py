@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lookfar import plugins
-from lookfar.config import read_toml
+from lookfar import config
+from lookfar.config import Study, read_toml
 from lookfar.errors import UserError
 from lookfar.study.page import compose, definitions, figure, publish, resource, swatch, vega_lite
+from lookfar.study.planned import Planned
 from lookfar.study.records import METRICS, Part, Record, Row, collect, name_series, parts_of
 
 
@@ -27,16 +28,21 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     import vl_convert
 
-    from lookfar.study import figures  # late, as vl_convert: `lookfar --help` has no time for altair
+    from lookfar.study import budget_figures, figures  # late, as vl_convert: `lookfar --help` has no time for altair
 
-    records = collect(folders)
+    every = collect(folders)
+    records = [record for record in every if not record.trial]
     names = name_series(records)
     parts = parts_of(records, names)
-    looks = figures.looks({name: record.scheme for name, record in zip(names, records, strict=True)})
-    panels = {
-        "perplexity": [list(map(figures.specification, figures.perplexity(part.rows, looks))) for part in parts],
-        "loss": [list(map(figures.specification, figures.loss(part.histories, looks))) for part in parts],
+    looks = figures.looks({name: record.label for name, record in zip(names, records, strict=True)})
+    drawn = {
+        "budgets": [budget_figures.cost(part.rows, looks) for part in parts],
+        "perplexity": [figures.perplexity(part.rows, looks) for part in parts],
+        "loss": [figures.loss(part.histories, looks) for part in parts],
     }
+    of_rates = [budget_figures.rates(part.histories, looks) for part in parts]
+    drawn["rates"] = [each if cost else [] for each, cost in zip(of_rates, drawn["budgets"], strict=True)]
+    panels = {name: [list(map(figures.specification, each)) for each in charts] for name, charts in drawn.items()}
     page = output or Path(folders[0]) / "report.html"
     contents: dict[Path, bytes] = {}
     for name, of_parts in panels.items():
@@ -45,12 +51,12 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
             svg = vl_convert.vegalite_to_svg(figures.sheet(groups, names), vl_version=vega_lite())
             contents[page.parent / "figures" / f"{name}.svg"] = svg.encode()
             contents[page.parent / "figures" / f"{name}.pdf"] = vl_convert.svg_to_pdf(svg)
-    title = _title(records)
+    title = _title(every)
     sections = [
-        _section(part, looks, *drawn, alone=len(parts) == 1)
-        for part, *drawn in zip(parts, *panels.values(), strict=True)
+        _section(part, looks, dict(zip(panels, of_part, strict=True)), alone=len(parts) == 1)
+        for part, *of_part in zip(parts, *panels.values(), strict=True)
     ]
-    contents[page] = compose(title, looks, _head(title, records, parts), sections).encode()
+    contents[page] = compose(title, looks, _head(title, every, parts), sections).encode()
     for path, content in contents.items():
         publish(path, content)
     return page
@@ -68,7 +74,8 @@ def _study(source: Path) -> Mapping[str, Any]:
     return read_toml(source / "study.toml").get("study", {}) if (source / "study.toml").is_file() else {}
 
 
-def _head(title: str, records: Sequence[Record], parts: Sequence[Part]) -> str:
+def _head(title: str, every: Sequence[Record], parts: Sequence[Part]) -> str:
+    records = [record for record in every if not record.trial]
     rows = [row for record in records for row in record.measured]
     lead = f"{_counted(len({record.scheme for record in records}), 'scheme')}, {_counted(len(records), 'run')}"
     if rows:
@@ -80,9 +87,29 @@ def _head(title: str, records: Sequence[Record], parts: Sequence[Part]) -> str:
     known = _words()["protocols"]
     told = [(protocol, known.get(protocol.partition("(")[0])) for protocol in sorted(_values(rows, "protocol"))]
     protocols = [(_spoken(protocol), sentence) for protocol, sentence in told if sentence]
-    facts = _facts(parts[0]) if len(parts) == 1 else []
-    listed = definitions([*facts, *protocols])
-    return f'<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>\n{listed}\n{_remarks(records)}'
+    facts = [*(_facts(parts[0]) if len(parts) == 1 else []), *_choices(every)]
+    return (
+        f'<h1>{escape(title)}</h1>\n<p class="lead">{lead}</p>\n{definitions([*facts, *protocols])}\n{_remarks(every)}'
+    )
+
+
+def _choices(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The rates that were tried, with their held-out losses, and the one that was taken."""
+    tried: dict[str, dict[float, float]] = {}
+    taken = {record.label: row["chosen_rate"] for record in records for row in record.rows if "chosen_rate" in row}
+    for record in filter(lambda record: record.trial, records):
+        losses = [math.log(row["value"]) for row in record.measured if row["value"] > 0]
+        candidate = next(row["candidate"] for row in record.rows if "candidate" in row)
+        tried.setdefault(record.label, {})[candidate] = losses[0] if losses else math.nan
+    told = [
+        f"{label}: {taken.get(label, 'none')} ("
+        + ", ".join(
+            f"{rate}: {loss:.3f}" if loss == loss else f"{rate}: diverged" for rate, loss in sorted(each.items())
+        )
+        + ")"
+        for label, each in tried.items()
+    ]
+    return [("Rates chosen", f"by held-out loss in nats, {'; '.join(told)}")] if told else []
 
 
 def _facts(part: Part) -> list[tuple[str, str]]:
@@ -126,32 +153,36 @@ def _remarks(records: Sequence[Record]) -> str:
             fate = f"failed ({record.failure})" if record.failure else "not measured"
             lines.append(f"{record.name} ({record.scheme}{seed}): {fate}, {done}.")
     for source in dict.fromkeys(record.source for record in records):
-        known = {(_spelled(record.scheme), record.seed) for record in records if record.source == source}
-        study = _study(source)
-        planned = [(scheme, seed) for scheme in study.get("schemes", []) for seed in study.get("seeds", [0])]
+        known = {record.name for record in records if record.source == source}
         lines += [
-            f"{scheme}, seed {seed}: not begun." for scheme, seed in planned if (_spelled(scheme), seed) not in known
+            f"{run.notes.get('label') or run.run.model.scheme}, seed {run.run.training.seed}: not begun."
+            for run in _planned(source)
+            if run.name not in known
         ]
     listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f'<aside class="remarks"><p>Not complete</p><ul>{listed}</ul></aside>\n' if lines else ""
 
 
-def _spelled(scheme: str) -> str:
+def _planned(source: Path) -> list[Planned]:
+    """The runs of a study, where it still says them."""
+    from lookfar.study.grid import expand  # late: it knows all of training
+
     try:
-        return " + ".join(str(term) for term in plugins.parse(scheme) if term.name != "nope")
-    except UserError:  # the name of a folder, or a pattern of schemes
-        return scheme
+        return expand(config.read(source / "study.toml", (), Study)) if (source / "study.toml").is_file() else []
+    except UserError:
+        return []
 
 
-def _section(part: Part, looks: Mapping[str, Any], perplexity: Sequence[Row], loss: Sequence[Row], alone: bool) -> str:
+def _section(part: Part, looks: Mapping[str, Any], panels: Mapping[str, Sequence[Row]], *, alone: bool) -> str:
     blocks = [] if alone else [f"<h2>{escape(part.title)}</h2>", definitions(_facts(part))]
     words = _words()
-    if perplexity:
-        seeds = max(len(_values(rows, "seed")) for rows in _grouped(part.rows, "series").values())
-        blocks.append(figure(perplexity, words["perplexity"] + words["band"] * (seeds > 1), "perplexity"))
-        blocks.append(_table(part.rows, looks))
-    if loss:
-        blocks.append(figure(loss, words["loss"], "loss"))
+    for name, of_name in panels.items():
+        if of_name:
+            seeds = max((len(_values(rows, "seed")) for rows in _grouped(part.rows, "series").values()), default=1)
+            band = words["bands"].get(name, "") if seeds > 1 else ""
+            blocks.append(figure(of_name, words[name] + band, name))
+        if of_name and name == "perplexity":
+            blocks.append(_table(part.rows, looks))
     return "<section>\n" + "\n".join(blocks) + "\n</section>"
 
 
@@ -198,7 +229,7 @@ def _table(rows: Sequence[Row], looks: Mapping[str, Any]) -> str:
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
     """The columns of the table under the name of their protocol."""
-    from lookfar.study.figures import readable
+    from lookfar.study.figures import panels_of, readable
 
     def mean(each: Sequence[float]) -> str:
         text = readable(fmean(each))
@@ -220,13 +251,13 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
             _Column("seeds", "", seeds, lambda each: f"{each[0]:.0f}"),
             column("parameters", "millions", metrics["parameters"], lambda each: f"{fmean(each) / 1e6:,.3f}"),
             column("speed", "tokens/s", metrics["tokens_per_second"], lambda each: f"{fmean(each):,.0f}", max),
-            column("time", "", metrics["training_seconds"], lambda each: _duration(fmean(each))),
+            _Column("time", "", _times(metrics["training_seconds"]), lambda each: _duration(fmean(each))),
         ]
     }
-    for protocol, measured in sorted(_grouped(metrics["perplexity"], "protocol").items()):
+    for title, measured in panels_of(metrics["perplexity"]).items():
         by_length = dict(sorted(_grouped(measured, "length").items()))
         doubled = [n for n in by_length if math.log2(n / measured[0]["context"]).is_integer()] or list(by_length)
-        columns[f"perplexity, {_spoken(protocol)}"] = [
+        columns[f"perplexity, {title}"] = [
             column(
                 f"{length / measured[0]['context']:.3g}×",
                 f"{length:,}",
@@ -238,6 +269,14 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
             for length in doubled
         ]
     return columns
+
+
+def _times(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Seconds of training by series, all runs of a seed together."""
+    return {
+        name: [sum(row["value"] for row in of_seed) for of_seed in _grouped(each, "seed").values()]
+        for name, each in _grouped(rows, "series").items()
+    }
 
 
 def _cells(column: _Column) -> dict[str, str]:

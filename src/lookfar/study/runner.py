@@ -1,70 +1,133 @@
-"""Runs a study: every scheme with every seed, one after another, what is finished skipped."""
+"""Runs a study: every run when what it needs has ended, here, in workers or on Ray; what is finished is skipped."""
 
-import re
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from lookfar import config, files
-from lookfar.attention.scheme import parse, spell
 from lookfar.config import Run, Study
+from lookfar.data.corpus import open_corpus
 from lookfar.errors import UserError
+from lookfar.study import on_ray
+from lookfar.study.grid import expand, rate_of
+from lookfar.study.planned import Planned
+from lookfar.study.work import Job, Pool
+from lookfar.study.workers import Here, Watching, working
 from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
-from lookfar.training.check import check
-from lookfar.training.run import run_whole
-from lookfar.training.train import Interrupted, Watch
-
-Watching = Callable[[str], AbstractContextManager[Watch]]
+from lookfar.training.schedules import ends
 
 
-def run_study(study: Study, folder: Path, watching: Watching) -> dict[str, str]:
+def run_study(
+    study: Study, folder: Path, watching: Watching, *, workers: int | None = None, on: Literal["ray"] | None = None
+) -> dict[str, str]:
     """Train and measure all runs of a study into sub-folders; the answer names those that failed, with the reason.
 
-    The whole study is looked over before the first run starts, so that a mistake costs no time.
+    The whole study is looked over before the first run starts, so that a mistake costs no time. What the runs are
+    called, and how they go on, does not depend on who does them.
+
+    Args:
+        study: what is run.
+        folder: of the study.
+        watching: for the title of each run, who is told what happens in it.
+        workers: how many runs at a time, each in a process of its own; None: one after another in this process, or on
+            Ray as many as the cluster has room for.
+        on: "ray": on the Ray cluster that RAY_ADDRESS names, or a local one.
     """
-    planned: dict[str, Run] = {}
-    for name, run in plan(study):
-        if name in planned:
-            raise UserError(f"The study has {name} twice; leave one of the schemes or seeds out.")
-        check(run)
-        planned[name] = run
+    if on == "ray":
+        on_ray.imported()
+    planned = {each.name: each for each in expand(study)}
     with run_folder.claim(folder):
-        for name, run in planned.items():
-            run_folder.refuse_another(folder / name, run, done=max(checkpoint.updates(folder / name), default=0))
+        for each in planned.values():
+            _refuse_another(each, folder)
         files.write(folder / "study.toml", config.write_toml(study.model_dump()).encode())
-        failed: dict[str, str] = {}
-        for number, (name, run) in enumerate(planned.items(), start=1):
-            try:
-                with watching(f"[{number}/{len(planned)}] {name}: ") as watch:
-                    run_whole(run, folder / name, watch)
-                (folder / name / "error.txt").unlink(missing_ok=True)  # of an earlier try
-            except (Interrupted, KeyboardInterrupt):
-                raise
-            except UserError as error:
-                failed[name] = str(error)
-            except Exception as error:  # one run that fails must not cost the others
-                (folder / name).mkdir(exist_ok=True)
-                (folder / name / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-                failed[name] = f"{type(error).__name__}: {error} (see {name}/error.txt)"
+        if workers is not None or on is not None:
+            _prepare_texts(planned, watching)
+        with _pool(workers, on, watching) as pool:
+            failed = _do_all(planned, folder, pool, Here(watching))
         rows = [row for name in planned for row in files.read_lines(folder / name / run_folder.ROWS)]
         files.write_lines(folder / run_folder.ROWS, rows)
+    return {name: failed[name] for name in planned if name in failed}
+
+
+@contextmanager
+def _pool(workers: int | None, on: str | None, watching: Watching) -> Iterator[Pool]:
+    if on == "ray":
+        with on_ray.connected(workers, watching) as pool:
+            yield pool
+    elif workers is None:
+        yield Here(watching)
+    else:
+        with working(workers, watching) as pool:
+            yield pool
+
+
+def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool, here: Here) -> dict[str, str]:
+    """Do each run when what it needs has ended and a place is free; the answer says why runs failed."""
+    failed: dict[str, str] = {}
+    waiting, running, ended = dict(planned), set[str](), set[str]()
+    while waiting or running:
+        for each in [each for each in waiting.values() if each.needs <= ended]:
+            if len(running) == pool.places:
+                break
+            del waiting[each.name]
+            try:
+                run = _ready(each, folder, failed)
+            except UserError as error:
+                failed[each.name] = str(error)
+                ended.add(each.name)
+                continue
+            title = f"[{list(planned).index(each.name) + 1}/{len(planned)}] {each.name}: "
+            running.add(each.name)
+            by = here if _is_done(folder / each.name, run.run) else pool  # to see that, no process need be started
+            by.start(Job(title, folder / each.name, run.run, run.notes))
+            if by is here:
+                break
+        if running:
+            name, reason = (here if here.job else pool).ended()
+            running.remove(name)
+            ended.add(name)
+            if reason is not None:
+                failed[name] = reason
     return failed
 
 
-def plan(study: Study) -> Iterator[tuple[str, Run]]:
-    """The runs of a study with the names of their folders, seeds innermost."""
-    for scheme in study.study.schemes:
-        parse(scheme)
-        for seed in study.study.seeds:
-            model = study.model.model_copy(update={"scheme": spell(scheme)})
-            training = study.training.model_copy(update={"seed": seed})
-            parts: dict[str, Any] = {"model": model, "training": training}
-            yield f"{slug(scheme)}-s{seed}", Run(data=study.data, evaluation=study.evaluation, **parts)
+def _is_done(place: Path, run: Run) -> bool:
+    """Whether a run is trained and, by the number of its rows, measured."""
+    rows = [row for row in files.read_lines(place / run_folder.ROWS) if row["metric"] == "perplexity"]
+    found = [(row["length"], row.get("update")) for row in rows]
+    wanted = [(length, update) for length in run.lengths for update in ends(run.training)]
+    trained = checkpoint.read_manifest(place).get("finished") == run.training.updates
+    return trained and all(found.count(each) >= len(run.evaluation.protocols) for each in wanted)
 
 
-def slug(scheme: str) -> str:
-    """A scheme as the name of a folder: `kerple + dape_v2(kernel=3)` -> `kerple+dape_v2-kernel=3`."""
-    return re.sub(r"[^a-z0-9_.+=]+", "-", spell(scheme).lower().replace(" ", "")).strip("-")
+def _ready(planned: Planned, folder: Path, failed: Mapping[str, str]) -> Planned:
+    """The run with the rate that its trials chose."""
+    if planned.after in failed:
+        raise UserError(f"{planned.after}, which it branches off, failed.")
+    if not planned.candidates:
+        return planned
+    rows = {name: files.read_lines(folder / name / run_folder.ROWS) for name in planned.candidates}
+    rate = rate_of(planned, rows)
+    training = planned.run.training.model_copy(update={"rate": rate})
+    chosen = {**planned.notes, "chosen_rate": rate}
+    return replace(planned, run=planned.run.model_copy(update={"training": training}), notes=chosen)
+
+
+def _refuse_another(planned: Planned, folder: Path) -> None:
+    """Refuse a folder that holds another run; a rate that is still to be chosen is not compared."""
+    place = folder / planned.name
+    run = planned.run
+    if planned.candidates and (place / run_folder.RECIPE).exists():
+        before = run_folder.read(place)[0].training.rate
+        run = run.model_copy(update={"training": run.training.model_copy(update={"rate": before})})
+    run_folder.refuse_another(place, run, done=max(checkpoint.updates(place), default=0))
+
+
+def _prepare_texts(planned: Mapping[str, Planned], watching: Watching) -> None:
+    """Make every text ready before several processes ask for it at once."""
+    with watching(f"[0/{len(planned)}] text: ") as watch:
+        for data in {each.run.data.model_dump_json(): each.run.data for each in planned.values()}.values():
+            open_corpus(data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))

@@ -12,9 +12,9 @@ from lookfar.data.text_file import read_text
 from lookfar.data.tokenizers import load_tokenizer
 from lookfar.errors import UserError
 from lookfar.evaluation.base import Progress, Row, Text
+from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
 from lookfar.training.check import check
-from lookfar.training.checkpoint import load
 from lookfar.training.measure import as_text, measure, measure_problems, text_of
 
 
@@ -57,17 +57,18 @@ def evaluate_run(
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
     if run.task.name is not None and (wanted or data or tokens or scheme):
         raise UserError(f"{folder} was trained on a task; only the lengths at which it is measured can be chosen.")
-    decoder = load(folder, scheme=scheme, trust=trust)
+    decoder = checkpoint.load(folder, scheme=scheme, trust=trust)
     check(run)
     with run_folder.claim(folder):
         if run.task.name is not None:
             return measure_problems(decoder, run, folder, progress=progress)
         text = held_out(folder, run.data, run.evaluation.split) if data is None else from_file(folder, data)
         return measure(
-            decoder,
+            lambda: decoder,
             text,
             run,
             folder,
+            update=checkpoint.newest(folder) or 0,
             lengths=run.lengths,
             wanted=run.evaluation.protocols,
             progress=progress,

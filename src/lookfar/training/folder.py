@@ -122,7 +122,7 @@ def trim_log(folder: Path, update: int) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    parts = ("scheme", "data", "protocol", "numbering", "length", "metric", "count", "of", "to", "checkpoint")
+    parts = ("scheme", "data", "protocol", "numbering", "length", "metric", "count", "of", "to", "update", "checkpoint")
     return tuple(row.get(part) for part in parts)
 
 

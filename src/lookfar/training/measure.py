@@ -1,6 +1,6 @@
 """Measures a run and writes the rows into its folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +25,21 @@ from lookfar.training.problems import problems_of
 
 
 def measure(
-    model: Decoder,
+    model: Callable[[], Decoder],
     text: Text,
     run: Run,
     folder: Path,
     *,
+    update: int,
     lengths: Sequence[int],
     wanted: Sequence[str],
     progress: Progress,
     again: bool = False,
 ) -> list[Row]:
-    """Perplexity at every length in every protocol. Rows that the folder has already are not measured again."""
+    """Perplexity at every length in every protocol of the model after an update.
+
+    Rows that the folder has already are not measured again; the model is asked for only where some are missing.
+    """
     known = [] if again else files.read_lines(folder / run_folder.ROWS)
     rows: list[Row] = []
     for expression in wanted:
@@ -50,6 +54,7 @@ def measure(
                 "data": text.label,
                 "protocol": protocol.name,
                 "length": length,
+                "update": update,
             }
             count = sum(window.scored for window in windows)
             found = [
@@ -60,9 +65,10 @@ def measure(
             by_position = run.evaluation.by_position
             if not found or (by_position and all(row["metric"] != "loss_at" for row in found)):
                 measurement = Perplexity(numbering=run.evaluation.numbering, by_position=by_position)
-                with autocast(run.training.precision, run.model.dtype, model.device):
-                    found = measurement.measure(model, text, length=length, protocol=protocol, progress=progress)
-                found = [{**about(run, folder), **row} for row in found]
+                decoder = model()
+                with autocast(run.training.precision, run.model.dtype, decoder.device):
+                    found = measurement.measure(decoder, text, length=length, protocol=protocol, progress=progress)
+                found = [{**about(run, folder), "update": update, **row} for row in found]
                 run_folder.add_rows(folder, found)
             rows += found
     return rows

@@ -1,5 +1,6 @@
 """A whole run: trained to its end, then measured."""
 
+from functools import cache, partial
 from pathlib import Path
 
 from lookfar import files
@@ -7,14 +8,18 @@ from lookfar.config import Run
 from lookfar.data.corpus import open_corpus
 from lookfar.evaluation.base import Row
 from lookfar.training import folder as run_folder
+from lookfar.training.checkpoint import load
 from lookfar.training.log import Watch
 from lookfar.training.measure import measure, measure_problems, text_of
 from lookfar.training.processes import is_first
+from lookfar.training.schedules import ends
 from lookfar.training.train import train
 
 
 def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> list[Row]:
     """Train and measure; what is done already is not done again. The answer is all rows of the folder.
+
+    A run whose schedule has budgets is measured at each of them.
 
     Of several processes the first measures, alone.
     """
@@ -28,14 +33,17 @@ def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, prof
     if run.task.name is not None:
         measure_problems(model, run, folder, progress=progress)
         return files.read_lines(folder / run_folder.ROWS)
-    corpus = open_corpus(run.data)
-    measure(
-        model,
-        text_of(corpus, run.evaluation.split),
-        run,
-        folder,
-        lengths=run.lengths,
-        wanted=run.evaluation.protocols,
-        progress=progress,
-    )
+    text = text_of(open_corpus(run.data), run.evaluation.split)
+    *budgets, end = ends(run.training)
+    for update in (*budgets, end):  # a run of several budgets is several models
+        measure(
+            (lambda: model) if update == end else cache(partial(load, folder, which=update, trust=True)),
+            text,
+            run,
+            folder,
+            update=update,
+            lengths=run.lengths,
+            wanted=run.evaluation.protocols,
+            progress=progress,
+        )
     return files.read_lines(folder / run_folder.ROWS)

@@ -170,6 +170,11 @@ def budgets(expression: str) -> tuple[int, ...]:
     return find(expression).keywords.get("budgets", ())
 
 
+def ends(config: TrainingConfig) -> list[int]:
+    """After how many updates a run has a model to measure: at each budget of its schedule, and at its end."""
+    return sorted({*(each for each in budgets(config.schedule) if each < config.updates), config.updates})
+
+
 def warmup(config: TrainingConfig) -> int:
     """How many updates the rate rises: as configured, or a twentieth of all, or of the first budget where there are."""
     return (budgets(config.schedule) or (config.updates,))[0] // 20 if config.warmup is None else config.warmup

@@ -16,7 +16,7 @@ from lookfar.training import folder as run_folder
 TIED = ("cosine", "linear", "cyclic_cosine")  # schedules whose every rate depends on where the run ends
 
 
-def begin(run: Run, label: str, model: Decoder) -> tuple[int, dict[str, Any] | None]:
+def begin(run: Run, model: Decoder, folder: Path) -> tuple[int, dict[str, Any] | None]:
     """Bring the model to where the run begins: how many updates are done there, and the training state to go on from.
 
     `training.branch` goes on from a checkpoint of another run, its place in the data included; `training.weights`
@@ -26,29 +26,30 @@ def begin(run: Run, label: str, model: Decoder) -> tuple[int, dict[str, Any] | N
         UserError: no such checkpoint, another model or text, or a schedule that cannot be branched.
     """
     if run.training.branch is not None:
-        return _branch(run, label, model)
+        return _branch(run, model, folder)
     if run.training.weights is not None:
-        _take(run.training.weights, model)
+        _take(run.training.weights, model, folder)
     return 0, None
 
 
-def refuse(run: Run, label: str) -> None:
+def refuse(run: Run, label: str, folder: Path) -> None:
     """Raise a `UserError` where the run could not begin as it says; nothing is built or read but recipes."""
     if run.training.branch is not None:
-        source, update = _place(run.training.branch)
+        source, update = _place(run.training.branch, folder)
         before, trained_on = run_folder.read(source)
-        _refuse_branch(before, run, source, update, same_text=trained_on == label)
+        refuse_branch(before, run, source, update, same_text=trained_on == label)
     elif run.training.weights is not None:
-        _place(run.training.weights)
+        _place(run.training.weights, folder)
 
 
-def _branch(run: Run, label: str, model: Decoder) -> tuple[int, dict[str, Any] | None]:
-    source, update = _place(str(run.training.branch))
+def _branch(run: Run, model: Decoder, folder: Path) -> tuple[int, dict[str, Any] | None]:
+    source, update = _place(str(run.training.branch), folder)
     state = checkpoint.restore(source, update, model)
     return update, {**state, "seconds": 0.0, **({"optimizer": None} if run.training.reset_optimizer else {})}
 
 
-def _refuse_branch(before: Run, run: Run, source: Path, update: int, same_text: bool) -> None:
+def refuse_branch(before: Run, run: Run, source: Path, update: int, *, same_text: bool) -> None:
+    """Raise a `UserError` where a run cannot go on from the update of another."""
     kept = {"device": run.model.device, "vocabulary": before.model.vocabulary}
     if run.model.model_copy(update=kept) != before.model.model_copy(update=kept):
         raise UserError(f"A branch of {source} has its model: leave [model] as it is there, or start by --weights.")
@@ -61,8 +62,8 @@ def _refuse_branch(before: Run, run: Run, source: Path, update: int, same_text: 
         raise UserError(f"A branch cannot go on by {name!r}. {reason}")
 
 
-def _take(named: str, model: Decoder) -> None:
-    source, update = _place(named)
+def _take(named: str, model: Decoder, folder: Path) -> None:
+    source, update = _place(named, folder)
     found = load_file(source / "checkpoints" / str(update) / checkpoint.WEIGHTS)
     own = model.state_dict()
     fitting = {name: each for name, each in found.items() if name in own and own[name].shape == each.shape}
@@ -78,10 +79,15 @@ def _take(named: str, model: Decoder) -> None:
         warnings.warn(f"Not all weights of {named} fit ({'; '.join(parts)}).", stacklevel=2)
 
 
-def _place(named: str) -> tuple[Path, int]:
-    """Read `RUN` or `RUN@UPDATE`: the folder, and the checkpoint there."""
+def _place(named: str, own: Path) -> tuple[Path, int]:
+    """Read `RUN` or `RUN@UPDATE`: the folder, and the checkpoint there.
+
+    A name alone is that of a run beside this one, where there is one: a study can be moved as a whole.
+    """
     head, at, tail = named.rpartition("@")
     folder = Path(head if at else named)
+    if len(folder.parts) == 1 and (own.parent / folder / run_folder.RECIPE).exists():
+        folder = own.parent / folder
     run_folder.read(folder)
     if at and not tail.isdigit():
         raise UserError(f"{named!r} names no update; write it as {folder}@1000.")

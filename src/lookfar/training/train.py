@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lookfar import files
 from lookfar.batch import consecutive
 from lookfar.config import Run, TrainingConfig
 from lookfar.data.corpus import Corpus, open_corpus
@@ -49,6 +50,10 @@ class Interrupted(Exception):
         self.update, self.signal = update, number
 
 
+class Diverged(UserError):
+    """A loss or a gradient is not finite."""
+
+
 def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile: bool = False) -> Decoder:
     """Train a run to its end, from its last checkpoint where there is one; the answer is the trained model.
 
@@ -56,7 +61,7 @@ def train(run: Run, folder: Path, watch: Watch = lambda event: None, *, profile:
     divide every batch; the first alone writes.
 
     Raises:
-        UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite.
+        UserError: a recipe that cannot work, a folder that cannot be written, a loss that is not finite (`Diverged`).
         Interrupted: SIGINT or SIGTERM came; the run is saved and the same call goes on from there.
     """
     check(run)
@@ -72,12 +77,12 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
     kept = budgets(config.schedule)  # a run of several budgets is several runs: each can be branched
     lines = corpus.lines(context=run.model.context, seed=config.seed)
     if not checkpoint.updates(folder):
-        start.refuse(run, corpus.label)
+        start.refuse(run, corpus.label, folder)
     with _claimed(folder, processes), torch.random.fork_rng(), _asked_to_stop() as asked:
         last = processes.only_first(partial(_prepare, folder, run, corpus))
         torch.manual_seed(config.seed)
         model = Decoder(run.model).train()
-        first, state = _begin(folder, run, corpus.label, model, last)
+        first, state = _begin(folder, run, model, last)
         model.recompute(config.checkpoint_activations)
         if config.parallel == "sharded" and processes.count > 1:
             sharding.shard(model)
@@ -232,10 +237,10 @@ def _prepare(folder: Path, run: Run, corpus: Corpus | Lesson) -> int | None:
     return last
 
 
-def _begin(folder: Path, run: Run, label: str, model: Decoder, last: int | None) -> tuple[int, dict[str, Any] | None]:
+def _begin(folder: Path, run: Run, model: Decoder, last: int | None) -> tuple[int, dict[str, Any] | None]:
     """Bring the model to its last checkpoint, or to where the run begins: updates done, and the training state."""
     if last is None:
-        return start.begin(run, label, model)
+        return start.begin(run, model, folder)
     return last, checkpoint.restore(folder, last, model, mapped=run.training.parallel == "sharded")
 
 
@@ -314,7 +319,8 @@ def _loss_of_text(model: Decoder, corpus: Corpus, length: int) -> float:
 def _training_rows(
     run: Run, folder: Path, corpus: Corpus | Lesson, model: Decoder, seconds: float
 ) -> list[dict[str, Any]]:
-    tokens = run.training.updates * run.training.batch * run.model.context
+    logged = [line["update"] for line in files.read_lines(folder / run_folder.LOG) if "norm" in line]
+    tokens = len(logged) * run.training.batch * run.model.context  # a branch has not done what its trunk did
     values = {
         "parameters": count_parameters(model),
         "training_seconds": seconds,
@@ -331,7 +337,7 @@ def _pass_over(
     told = _not_finite(folder, update, loss, norm, config.batch)
     if skipped > config.skip_not_finite:
         allowed = f" {config.skip_not_finite} such updates were passed over before." if config.skip_not_finite else ""
-        raise UserError(told + allowed)
+        raise Diverged(told + allowed)
     log.note({"update": update + 1, "skipped": skipped, "note": f"{told} It is passed over."})
 
 

@@ -1,0 +1,97 @@
+"""Does jobs on a Ray cluster: that of RAY_ADDRESS, or a local one. Its machines share the study's folder."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lookfar.errors import UserError
+from lookfar.study.work import Job, do, from_plain
+from lookfar.study.workers import Stopped, Watching
+from lookfar.training.train import Interrupted
+
+
+class OnRay:
+    """Each job is a task with processors, or a GPU, of its own; where a machine dies, it is begun again once."""
+
+    def __init__(self, ray: Any, places: int | None, watching: Watching) -> None:
+        there = ray.cluster_resources()
+        gpus, processors = int(there.get("GPU", 0)), int(there.get("CPU", 1))
+        self.ray, self.watching = ray, watching
+        self.places = places or gpus or processors
+        most = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
+        share = 1 if places is None else max(1, min(most, processors // places))
+        options = {"num_cpus": share, "max_retries": 1, **({"num_gpus": 1} if gpus else {})}
+        self.work = ray.remote(**options)(_work)
+        self.running: dict[Any, Job] = {}
+
+    def start(self, job: Job) -> None:
+        """Send the job."""
+        job = Job(job.title, job.folder.resolve(), job.run, job.notes)
+        self._tell(job, "sent to the cluster")
+        self.running[self.work.remote(job.to_plain(), str(Path.cwd()))] = job
+
+    def ended(self) -> tuple[str, str | None]:
+        """Wait until a job ends."""
+        (first, *_), _ = self.ray.wait(list(self.running), num_returns=1)
+        job = self.running.pop(first)
+        try:
+            reason = self.ray.get(first)
+        except self.ray.exceptions.RayError as error:
+            reason = f"Its worker died twice ({type(error).__name__})."
+        self._tell(job, reason or "done")
+        return job.name, reason
+
+    def stop(self) -> None:
+        """Ask all tasks to save and leave, and wait until they have."""
+        for reference in self.running:
+            self.ray.cancel(reference, recursive=False)  # as Ctrl-C in the task
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running))
+
+    def _tell(self, job: Job, text: str) -> None:
+        with self.watching(job.title) as watch:
+            watch({"event": "note", "text": text})
+
+
+@contextmanager
+def connected(places: int | None, watching: Watching) -> Iterator[OnRay]:
+    """The cluster; it is left as it was found.
+
+    Raises:
+        UserError: Ray is not installed.
+        Stopped: Ctrl-C came, and the runs have saved what they did.
+    """
+    ray = imported()
+    own = not ray.is_initialized()
+    if own:
+        ray.init(log_to_driver=False, include_dashboard=False)
+    pool = OnRay(ray, places, watching)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.stop()
+        raise Stopped(2) from None
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def imported() -> Any:
+    """The library, or a `UserError` that says how to install it."""
+    try:
+        return import_module("ray")
+    except ImportError as error:
+        raise UserError('Ray is not installed; install it with: pip install "lookfar[cluster]".') from error
+
+
+def _work(content: dict[str, Any], place: str) -> str | None:
+    """The task; it works where the study was started, if that folder is there."""
+    if Path(place).is_dir():
+        os.chdir(place)  # paths of a recipe are relative to it
+    try:
+        return do(from_plain(content), lambda event: None)
+    except Interrupted as stop:
+        return str(stop)

@@ -1,0 +1,263 @@
+"""Who does the runs of a study changes nothing of them: this process, several, or a Ray cluster, however they die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lookfar import config, files
+from lookfar.config import Study
+from lookfar.errors import UserError
+from lookfar.study import workers
+from lookfar.study.runner import run_study
+from lookfar.training import folder
+from lookfar.training.train import Interrupted
+from test_study import Watching
+
+OF_TIME = ("training_seconds", "tokens_per_second")
+UPDATES = 300  # a second or so: enough to be killed in
+
+
+@pytest.fixture(scope="module")
+def a_study(tmp_path_factory):
+    book = tmp_path_factory.mktemp("book") / "book.txt"
+    book.write_text("to be or not to be that is the question\n" * 60)
+
+    def build(*overrides):
+        content = {
+            "model": {"width": 16, "layers": 1, "heads": 2, "context": 8, "device": "cpu", "dropout": 0.1},
+            "data": {"source": "text_file", "path": str(book)},
+            "training": {"updates": UPDATES, "batch": 2, "checkpoint_every": 100, "precision": "float32"},
+            "evaluation": {"lengths": [8, 16], "tokens": 64, "protocols": ["non_overlapping"]},
+            "study": {"schemes": ["rope", "alibi"], "seeds": [3]},
+        }
+        return config.build(content, overrides, Study)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(a_study, tmp_path_factory):
+    """What the runs give when they are done here, one after another."""
+    place = tmp_path_factory.mktemp("whole")
+    assert run_study(a_study(), place, Watching()) == {}
+    return contents(place)
+
+
+def contents(place):
+    """The rows of a study that are not about time, and the weights of its runs."""
+    rows = [row for row in files.read_lines(place / "rows.jsonl") if row["metric"] not in OF_TIME]
+    last = sorted(place.glob(f"*/checkpoints/{UPDATES}/model.safetensors"))
+    return rows, [(file.parts[-4], file.read_bytes()) for file in last]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    found, start = [], subprocess.Popen
+    monkeypatch.setattr(workers.subprocess, "Popen", lambda *a, **k: found.append(start(*a, **k)) or found[-1])
+    yield found
+    assert all(process.poll() is not None for process in found)
+
+
+def kill_first(name, started, times=1):
+    """A watch that kills the process of a run when it has told its first update, so many times."""
+    left = [times]
+
+    def act(told, event):
+        if (told, event["event"]) == (name, "update") and left[0]:
+            left[0] -= 1
+            mine = next(process for process in started if process.poll() is None and _does(process, name))
+            mine.kill()
+
+    return act
+
+
+def _does(process, name):
+    """Whether a process holds the folder of a run open."""
+    return any(f"/{name}/" in str(link.readlink()) for link in Path(f"/proc/{process.pid}/fd").iterdir())
+
+
+def test_two_workers_give_the_rows_of_one(a_study, whole, started, tmp_path):
+    watching = Watching()
+    assert run_study(a_study(), tmp_path, watching, workers=2) == {}
+    assert contents(tmp_path) == whole
+    assert len(started) == 2 and started[0].returncode == started[1].returncode == 0
+    kinds = {event["event"] for events in watching.events.values() for event in events}
+    assert {"start", "update", "evaluation"} <= kinds
+    assert run_study(a_study(), tmp_path, Watching(), workers=2) == {} and contents(tmp_path) == whole
+    assert len(started) == 2  # to see that all is done needs no process
+
+
+def test_a_worker_that_is_killed_is_begun_again_once(a_study, whole, started, tmp_path):
+    assert run_study(a_study(), tmp_path, Watching(kill_first("alibi-s3", started)), workers=2) == {}
+    assert sorted(process.returncode for process in started) == [-9, 0, 0]
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_twice_fails_and_costs_no_other(a_study, whole, started, tmp_path):
+    failed = run_study(a_study(), tmp_path, Watching(kill_first("rope-s3", started, times=2)), workers=1)
+    assert failed == {"rope-s3": "Its process died twice (signal 9)."}
+    assert [process.returncode for process in started] == [-9, -9, 0]
+    assert run_study(a_study(), tmp_path, Watching()) == {}  # another way goes on with it
+    assert contents(tmp_path) == whole
+
+
+def test_a_signal_stops_all_workers_after_they_have_saved(a_study, whole, started, tmp_path):
+    def stop(name, event):
+        if event["event"] == "update" and not any(process.poll() is not None for process in started):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="what its runs did is saved") as stopped:
+        run_study(
+            a_study("training.updates=100000", "training.checkpoint_every=none"),
+            tmp_path / "long",
+            Watching(stop),
+            workers=2,
+        )
+    assert stopped.value.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert (tmp_path / "long" / "study.toml").exists() and not (tmp_path / "long" / "rows.jsonl").exists()
+    assert list((tmp_path / "long").glob("*/checkpoints/*/hashes.json"))
+
+
+CHILD = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from lookfar import config
+from lookfar.study.runner import run_study
+
+def tell(event):
+    if event["event"] == "update":
+        print("training", flush=True)
+
+study = config.read(Path(sys.argv[1]), (), config.Study)
+run_study(study, Path(sys.argv[2]), lambda title: nullcontext(tell), workers=1)
+"""
+
+
+@pytest.mark.long
+def test_workers_save_and_leave_when_the_study_is_killed_and_another_goes_on(a_study, whole, tmp_path):
+    (tmp_path / "recipe.toml").write_text(config.write_toml(a_study().model_dump()))
+    words = [sys.executable, "-c", CHILD, str(tmp_path / "recipe.toml"), str(tmp_path / "study")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "training\n"
+        child.kill()
+    for _ in range(200):
+        try:
+            with folder.claim(tmp_path / "study" / "rope-s3"):
+                break
+        except UserError:
+            time.sleep(0.1)
+    else:
+        pytest.fail("the worker goes on alone")
+    assert run_study(a_study(), tmp_path / "study", Watching()) == {}
+    assert contents(tmp_path / "study") == whole
+
+
+def test_a_mistake_in_a_worker_is_told_as_it_is_here(a_study, tmp_path):
+    failed = run_study(
+        a_study("training.rate=1e30", "training.clip=none", "study.schemes=['rope']"), tmp_path, Watching(), workers=1
+    )
+    assert "is nan" in failed["rope-s3"] or "is inf" in failed["rope-s3"]
+
+
+def test_each_worker_has_its_share_of_the_processors_and_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    found = [workers._environment(place, 3) for place in range(3)]
+    assert [each["OMP_NUM_THREADS"] for each in found] == ["2", "2", "2"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["2", "5", "2"]
+
+
+# Ray
+
+
+def test_a_study_on_ray_without_ray_says_what_to_install(a_study, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'pip install "lookfar\[cluster\]"'):
+        run_study(a_study(), tmp_path, Watching(), on="ray")
+
+
+class Cluster:
+    """What is used of Ray; a task is done when it is waited for, that of a run in `deaths` is lost."""
+
+    def __init__(self, deaths=()):
+        self.deaths, self.options, self.open = deaths, [], False
+        self.exceptions = SimpleNamespace(RayError=ConnectionError)
+
+    def init(self, **options):
+        self.open = True
+
+    def shutdown(self):
+        self.open = False
+
+    def is_initialized(self):
+        return self.open
+
+    def cluster_resources(self):
+        return {"CPU": 6.0}
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
+
+    def remote(self, **options):
+        self.options.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *words: partial(function, *words))
+
+    def wait(self, tasks, num_returns):
+        return tasks[:num_returns], tasks[num_returns:]
+
+    def get(self, task):
+        if Path(task.args[0]["folder"]).name in self.deaths:
+            raise self.exceptions.RayError
+        return task()
+
+
+def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monkeypatch):
+    cluster = Cluster(deaths=["alibi-s3"])
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    failed = run_study(a_study(), tmp_path, Watching(), workers=3, on="ray")
+    assert failed == {"alibi-s3": "Its worker died twice (ConnectionError)."} and not cluster.open
+    assert cluster.options == [{"num_cpus": 2, "max_retries": 1}]
+    cluster.deaths = ()
+    assert run_study(a_study(), tmp_path, Watching(), on="ray") == {}
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.long
+def test_a_node_that_is_killed_costs_nothing(a_study, whole, tmp_path):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    killed = []
+
+    class Killing(Watching):
+        def __call__(self, title):
+            if len(self.titles) == 2 and not killed:  # both runs are sent
+                for _ in range(600):
+                    if len([*tmp_path.glob("*/checkpoints/100")]) == 2:
+                        break
+                    time.sleep(0.1)
+                cluster.remove_node(other, allow_graceful=False)
+                killed.append(other)
+            return super().__call__(title)
+
+    try:
+        assert run_study(a_study(), tmp_path, Killing(), on="ray") == {}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed and contents(tmp_path) == whole
