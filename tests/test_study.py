@@ -219,15 +219,18 @@ CHILD = """
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 from lookfar import config
 from lookfar.study.runner import run_study
-from lookfar.training import train
+from lookfar.training import checkpoint, train
 
 train.time = SimpleNamespace(monotonic=lambda: 0.0)
 
 def wait(event):
     if event["event"] == "update" and event["update"] == 3:
+        while checkpoint.read_manifest(Path(sys.argv[2]) / "rope-s1").get("last") != 2:
+            sleep(0.01)  # it is written beside the next update
         print("in the middle", flush=True)
         sys.stdin.read()
 
