@@ -223,7 +223,7 @@ def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -
     if state is None:
         return 0.0, 0
     if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizers.go_on(optimizer, state["optimizer"])
     pieces.go_on_with(state.get("accumulation", pieces.accumulation))
     start.restore_random(state)
     return float(state["seconds"]), int(state.get("skipped", 0))
