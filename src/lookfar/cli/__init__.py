@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import lookfar
-from lookfar.cli import doctor, evaluate, explain, generate, methods, report, schedule, sight, study, train
+from lookfar.cli import doctor, evaluate, explain, export, generate, methods, report, schedule, sight, study, train
 from lookfar.errors import UserError
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def options(
     """Train decoder-only transformers at a short length, and see how far each position encoding reaches beyond it."""
 
 
-for verb in (study, train, evaluate, generate, report, methods, explain, schedule, sight, doctor):
+for verb in (study, train, evaluate, generate, export, report, methods, explain, schedule, sight, doctor):
     verb.add(app)
 
 
