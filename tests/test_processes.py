@@ -488,15 +488,17 @@ def test_one_process_may_share_anything_else():
 
 
 @pytest.fixture
-def torchrun(tmp_path, book):
+def torchrun(tmp_path, book, request):
     """A recipe, and the command that trains it in two processes."""
     run = a_run(book, "training.updates=4000", "training.checkpoint_every=5", "training.keep=2")
+    run = config.build(run.model_dump(), [f"training.parallel={getattr(request, 'param', 'replicated')}"])
     (tmp_path / "small.toml").write_text(config.write_toml(run.model_dump()))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*start, "-m", "lookfar", "train", str(tmp_path / "small.toml"), "--folder", str(tmp_path / "run")]
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("torchrun", ["replicated", "sharded"], indirect=True)
 def test_a_run_whose_processes_are_killed_goes_on_with_one(torchrun, book, tmp_path):
     place, end = tmp_path / "run", time.monotonic() + 120
     with subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ran:

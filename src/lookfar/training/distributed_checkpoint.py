@@ -95,12 +95,11 @@ class StoredOptimizer:
 
     def read(self, parameters: list[Tensor]) -> dict[str, Any]:
         """The state for these parameters, each value divided as its parameter is, or whole."""
-        into = {
-            name: torch.zeros_like(parameters[int(name.split(".")[0])].detach(), dtype=dtype)
-            if parameters[int(name.split(".")[0])].shape == size
-            else torch.zeros(size, dtype=dtype)  # a count of steps
-            for name, (size, dtype) in shapes(self.folder, OPTIMIZER).items()
-        }
+        into = {}
+        for name, (size, dtype) in shapes(self.folder, OPTIMIZER).items():
+            parameter = parameters[int(name.split(".")[0])].detach()
+            alike = parameter.shape == size  # all but counts of steps
+            into[name] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(size, dtype=dtype)
         read(self.folder, {OPTIMIZER + name: value for name, value in into.items()})
         state: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, value in into.items():
