@@ -128,6 +128,8 @@ def two_processes(rank, place, book):
         train(a_run(book, *SHARDS), place / "shards")
     told["stop in parts"] = told_by(lambda: train(a_run(book, *SHARDS), place / "again", partial(stop_after, 7)))
     train(a_run(book, *SHARDS), place / "again")
+    for _ in range(2):  # it is loaded, too
+        train(a_run(book, *SHARDS, "training.updates=0", "model.dtype=bfloat16"), place / "fresh")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceStorageWriter, "write_data", fill_the_disk(rank))
         told["full"] = told_by(lambda: train(a_run(book, *SHARDS), place / "full"))
@@ -394,6 +396,14 @@ def test_a_run_in_shards_is_used_as_any_other(place, tmp_path):
     assert evaluate_run(tmp_path / "run", lengths=[9])
     with pytest.raises(UserError, match=r"do not fit the scheme 'alibi': other names or shapes: .*methods"):
         lookfar.load(place / "shards", scheme="alibi")
+
+
+def test_shards_of_a_narrow_model_that_has_learned_nothing_are_loaded(place, book, tmp_path):
+    train(a_run(book, *SHARDS, "training.updates=0", "model.dtype=bfloat16"), tmp_path)
+    shards, plain = weights(place / "fresh", 0), weights(tmp_path, 0)
+    assert {each.dtype for each in shards.values()} == {torch.bfloat16, torch.float32}
+    assert shards.keys() == plain.keys() and all(torch.equal(each, plain[name]) for name, each in shards.items())
+    assert all(map(torch.equal, lookfar.load(place / "fresh").parameters(), lookfar.load(tmp_path).parameters()))
 
 
 def test_the_export_of_shards_is_the_file_of_a_plain_checkpoint(place, tmp_path):
