@@ -145,7 +145,7 @@ def save_both(place):
 
     def both(saver, update, model, optimizer, progress, better=None):
         first, state = saver.processes.first, optimizer.state_dict()
-        whole = sharding.gathered(model, keep=first, device="cpu")
+        whole = sharding.gathered(model)
         state["state"] = {
             number: {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in values.items()}
             for number, values in state["state"].items()

@@ -59,19 +59,18 @@ def clip(model: nn.Module, largest: float) -> float:
     return norm
 
 
-def gathered(model: Decoder, *, keep: bool, device: str | None = None) -> Decoder | None:
-    """The whole model, on `device`, for the processes that `keep` it; all must ask. A whole model is its own answer."""
+def gathered(model: Decoder) -> Decoder:
+    """The whole model, on every process; all must ask. A whole model is its own answer."""
     if not sharded(model):
         return model
     divide_again(model)
-    into = _empty(model, device) if keep else None
-    places = {} if into is None else dict(into.named_parameters())
+    with torch.random.fork_rng():  # drawing the first weights leaves no trace
+        whole = Decoder(model.config).eval()
+    places = dict(whole.named_parameters())
     with torch.no_grad():
         for name, each in model.named_parameters():
-            value = _full(each)  # one at a time: there is never room for two copies of all
-            if into is not None:
-                places[name].copy_(value)
-    return into
+            places[name].copy_(_full(each))  # one at a time: there is never room for two copies of all
+    return whole
 
 
 class ShardedAdamW:
@@ -128,10 +127,3 @@ def _part(value: Tensor, like: Tensor) -> Tensor:
         return value
     mesh, placements = like.device_mesh, like.placements
     return distribute_tensor(value, mesh, placements, src_data_rank=None).clone()  # not a view of the whole
-
-
-def _empty(model: Decoder, device: str | None) -> Decoder:
-    """A whole decoder of the same configuration, in evaluation; drawing its first weights leaves no trace."""
-    place = model.config.device if device is None else device
-    with torch.random.fork_rng():
-        return Decoder(model.config.model_copy(update={"device": place})).eval()

@@ -134,7 +134,7 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
             if config.updates == 0:
                 saver.save(0, model, optimizer, {"seconds": seconds, "skipped": skipped})
             saver.wait()
-        whole = sharding.gathered(model, keep=True) or model
+        whole = sharding.gathered(model)
         processes.only_first(partial(_finish, folder, run, corpus, whole, seconds))
         if stop := processes.largest(asked[0] if asked else 0):  # in the last update: nothing more is wanted
             raise Interrupted(config.updates, stop)
