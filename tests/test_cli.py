@@ -9,11 +9,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_model
 
 import lookfar
 from lookfar import cli
 from lookfar.batch import consecutive
 from lookfar.sight import Sight
+from lookfar.training import export
+from lookfar.training import folder as run_folder
 
 TINY = """
 [model]
@@ -83,6 +86,7 @@ def test_help_does_not_wait_for_torch():
         "report",
         "methods",
         "explain",
+        "export",
         "generate",
         "schedule",
         "doctor",
@@ -189,6 +193,47 @@ def test_a_model_writes_on(trained, monkeypatch, capsys):
     assert code == 0 and out.startswith("line")
     code, _, err = run(monkeypatch, capsys, "generate", trained, "--prompt", "")
     assert code == 2 and "prompt is empty" in err
+
+
+def test_the_weights_of_a_run_are_exported(trained, tmp_path, monkeypatch, capsys):
+    file, folder, before = tmp_path / "deep" / "alibi.safetensors", tmp_path / "alibi", lookfar.load(trained)
+    for place, weights in ((file, file), (folder, folder / "model.safetensors")):
+        code, out, _ = run(monkeypatch, capsys, "export", trained, "--to", place)
+        assert code == 0 and str(weights) in out
+        assert weights.read_bytes() == (trained / "checkpoints" / "3" / "model.safetensors").read_bytes()
+        assert sorted(each.name for each in file.parent.iterdir()) == ["alibi.safetensors"]
+    assert sorted(each.name for each in folder.iterdir()) == ["model.safetensors", "run.toml", "tokenizer.json"]
+    assert all((folder / name).read_bytes() == (trained / name).read_bytes() for name in ("run.toml", "tokenizer.json"))
+    again = lookfar.Decoder(run_folder.read(folder)[0].model)
+    load_model(again, folder / "model.safetensors")
+    assert all(map(torch.equal, again.parameters(), before.parameters()))
+
+
+def test_an_export_overwrites_only_where_it_is_asked_to(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own.safetensors").write_text("mine")
+    (tmp_path / "run.toml").write_text("mine")
+    for place in (tmp_path / "own.safetensors", tmp_path):
+        code, _, err = run(monkeypatch, capsys, "export", trained, "--to", place)
+        assert code == 2 and "exists already; name another place, or add --overwrite." in err
+    assert {each.read_text() for each in tmp_path.iterdir()} == {"mine"}
+    for which in ("best", "4", "lats"):
+        code, _, err = run(monkeypatch, capsys, "export", trained, "--to", tmp_path, "--overwrite", "--which", which)
+        assert code == 2 and repr(which) in err
+    assert {each.read_text() for each in tmp_path.iterdir()} == {"mine"}
+    for place in (tmp_path / "own.safetensors", tmp_path):
+        assert run(monkeypatch, capsys, "export", trained, "--to", place, "--overwrite", "--which", "3")[0] == 0
+    assert len({each.read_bytes() for each in tmp_path.glob("*.safetensors")}) == 1
+
+
+def test_an_export_that_breaks_off_leaves_nothing(trained, tmp_path, monkeypatch):
+    def full(tensors, file, metadata):
+        file.write_text("half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        export.export(trained, tmp_path / "alibi.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["nope", *lookfar.names("methods")])

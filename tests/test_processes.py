@@ -1,7 +1,9 @@
 """Several processes train what one trains: every method, whole or sharded, and go on with what any number left."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,15 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 import lookfar
 from lookfar import config, files
 from lookfar.config import Run
 from lookfar.errors import UserError
 from lookfar.methods.base import Method
-from lookfar.training import checkpoint, objectives
+from lookfar.model.decoder import Decoder
+from lookfar.training import checkpoint, distributed_checkpoint, objectives, optimizers, sharding
+from lookfar.training import folder as run_folder
+from lookfar.training.evaluate import evaluate_run
+from lookfar.training.export import export
 from lookfar.training.processes import Processes, check
 from lookfar.training.run import run_whole
+from lookfar.training.saving import Saver
 from lookfar.training.train import Interrupted, train
 from tolerance import assert_near
 
@@ -37,6 +46,7 @@ CASES = {each: (f"model.scheme={each}",) for each in METHODS} | {
 }
 SHARDED = ["kerple", "slots", "untied"]
 SHARDED_TOO = [each for each in CASES if each not in SHARDED]  # slower: a second launch, with the long tests
+SHARDS = "model.scheme=kerple + t5", "training.parallel=sharded", "model.width=14", "model.vocabulary=257"  # odd parts
 CONTENT = {
     "model": {"width": 12, "layers": 2, "heads": 2, "context": 9, "dtype": "float64", "device": "cpu"},
     "training": {"updates": UPDATES, "batch": 4, "rate": 5e-3, "checkpoint_every": 10, "keep": 9},
@@ -54,7 +64,17 @@ def losses(place):
 
 
 def weights(place, update=UPDATES):
-    return load_file(place / "checkpoints" / str(update) / checkpoint.WEIGHTS)
+    return checkpoint.read_weights(place / "checkpoints" / str(update))
+
+
+def optimizer_of(place, update=UPDATES):
+    """The state of the optimizer of one process that goes on from a checkpoint."""
+    run, _ = run_folder.read(place)
+    model = Decoder(run.model)
+    state = checkpoint.restore(place, update, model)
+    optimizer = optimizers.build(model, run.training)
+    optimizers.go_on(optimizer, state["optimizer"])
+    return optimizer.state_dict()
 
 
 def assert_same(place, other, update=UPDATES):
@@ -103,10 +123,68 @@ def two_processes(rank, place, book):
     told["explode"] = told_by(lambda: train(a_run(book, "training.rate=1e300", "training.warmup=0"), place / "explode"))
     (place / "file").write_text("in the way")
     told["folder"] = told_by(lambda: train(a_run(book), place / "file" / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "save", save_both(place))
+        train(a_run(book, *SHARDS), place / "shards")
+    told["stop in parts"] = told_by(lambda: train(a_run(book, *SHARDS), place / "again", partial(stop_after, 7)))
+    train(a_run(book, *SHARDS), place / "again")
+    for _ in range(2):  # it is loaded, too
+        train(a_run(book, *SHARDS, "training.updates=0", "model.dtype=bfloat16"), place / "fresh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HuggingFaceStorageWriter, "write_data", fill_the_disk(rank))
+        told["full"] = told_by(lambda: train(a_run(book, *SHARDS), place / "full"))
     told["halve"] = out_of_memory(rank, place, book, "halve")
     told["stop"] = out_of_memory(rank, place, book, "stop")
     told["narrow"] = narrow(place, book)
     (place / f"{rank}.json").write_text(json.dumps(told))
+
+
+def save_both(place):
+    """Save, and write what the shards hold into a plain checkpoint of another folder too."""
+    save = Saver.save
+
+    def both(saver, update, model, optimizer, progress, better=None):
+        first, state = saver.processes.first, optimizer.state_dict()
+        whole = sharding.gathered(model)
+        state["state"] = {
+            number: {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        random = {"random": torch.get_rng_state(), "random_cuda": None}
+        if first:
+            checkpoint.save(
+                place / "plain", update, checkpoint.weights(whole), {"optimizer": state, **random, **progress}
+            )
+        save(saver, update, model, optimizer, progress, better)
+
+    return both
+
+
+def fill_the_disk(rank):
+    """Let the disk of the second process be full at its second checkpoint."""
+    write, asked = HuggingFaceStorageWriter.write_data, []
+
+    def limited(writer, plan, planner):
+        asked.append(plan)
+        if rank == 1 and len(asked) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(writer, plan, planner)
+
+    return limited
+
+
+def killed_while_saving(place, book):
+    """Both processes die once the shards of the second checkpoint are written."""
+    found, asked = distributed_checkpoint.hashes, []
+
+    def fatal(folder, rank):
+        asked.append(folder)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found(folder, rank)
+
+    distributed_checkpoint.hashes = fatal
+    train(a_run(book, *SHARDS), place / "killed")
 
 
 def sharded(place, book, names):
@@ -188,6 +266,8 @@ def place(book, tmp_path_factory):
     for name, settings in CASES.items():
         train(a_run(book, *settings), place / "one" / name)
     wait_for(started)
+    for name in ("run.toml", "tokenizer.json"):
+        shutil.copy(place / "shards" / name, place / "plain" / name)
     return place
 
 
@@ -253,10 +333,7 @@ def test_two_processes_go_on_with_what_one_left(place, parallel):
 
 
 def test_a_checkpoint_does_not_tell_how_many_wrote_it(place):
-    one, *others = (
-        torch.load(place / kind / "kerple" / "checkpoints" / "20" / checkpoint.STATE)["optimizer"]
-        for kind in ("one", "replicated", "sharded")
-    )
+    one, *others = (optimizer_of(place / kind / "kerple") for kind in ("one", "replicated", "sharded"))
     for other in others:
         assert [group["params"] for group in one["param_groups"]] == [g["params"] for g in other["param_groups"]]
         assert one["param_groups"][0]["lr"] == other["param_groups"][0]["lr"]
@@ -264,6 +341,119 @@ def test_a_checkpoint_does_not_tell_how_many_wrote_it(place):
             for key, value in values.items():
                 assert type(other["state"][number][key]) is torch.Tensor
                 assert_near(other["state"][number][key].float(), value.float(), f"{number} {key}")
+
+
+# Checkpoints in shards
+
+
+def test_every_process_writes_its_shards_alone(place):
+    names = {each.name for each in (place / "shards" / "checkpoints" / "20").iterdir()}
+    shards = {f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)}
+    assert names == {*shards, checkpoint.STATE, checkpoint.HASHES}
+    assert json.loads((place / "shards" / "checkpoints" / "20" / checkpoint.HASHES).read_text()).keys() == {
+        *shards,
+        checkpoint.STATE,
+    }
+    assert "optimizer.0.exp_avg" in load_file(place / "shards" / "checkpoints" / "20" / max(shards))
+
+
+@pytest.mark.parametrize("update", [10, 20])
+def test_shards_hold_the_bytes_of_a_plain_checkpoint(place, update):
+    shards, plain = weights(place / "shards", update), weights(place / "plain", update)
+    assert shards.keys() == plain.keys()
+    assert all(torch.equal(each, plain[name]) and each.dtype == plain[name].dtype for name, each in shards.items())
+    shards, plain = optimizer_of(place / "shards", update), optimizer_of(place / "plain", update)
+    assert shards["param_groups"] == plain["param_groups"] and shards["state"].keys() == plain["state"].keys()
+    for number, values in plain["state"].items():
+        assert all(torch.equal(each, shards["state"][number][key]) for key, each in values.items())
+        assert values["exp_avg"].abs().sum() > 0
+
+
+def test_two_processes_go_on_exactly_with_what_two_left(place, told):
+    assert [each["stop in parts"] for each in told] == [[7, signal.SIGTERM]] * 2
+    assert losses(place / "again") == losses(place / "shards")
+    assert all(torch.equal(each, weights(place / "shards")[name]) for name, each in weights(place / "again").items())
+
+
+def test_one_process_goes_on_with_shards_as_with_a_plain_checkpoint(place, book, tmp_path):
+    for kind in ("shards", "plain"):
+        branch = f"training.branch={place / kind}@10"
+        train(a_run(book, *SHARDS, branch, "training.schedule=constant", "training.warmup=0"), tmp_path / kind)
+        train(a_run(book, *SHARDS, f"training.weights={place / kind}@10"), tmp_path / f"tuned {kind}")
+    for name in ("", "tuned "):
+        assert losses(tmp_path / f"{name}shards") == losses(tmp_path / f"{name}plain")
+        assert (tmp_path / f"{name}shards" / "checkpoints" / "20" / checkpoint.WEIGHTS).exists()
+        assert all(
+            map(torch.equal, weights(tmp_path / f"{name}shards").values(), weights(tmp_path / f"{name}plain").values())
+        )
+
+
+def test_a_run_in_shards_is_used_as_any_other(place, tmp_path):
+    shards, plain = (lookfar.load(place / kind) for kind in ("shards", "plain"))
+    assert all(map(torch.equal, shards.parameters(), plain.parameters()))
+    assert lookfar.generate(shards, [[1, 2]], tokens=4) == lookfar.generate(plain, [[1, 2]], tokens=4)
+    shutil.copytree(place / "shards", tmp_path / "run")
+    assert evaluate_run(tmp_path / "run", lengths=[9])
+    with pytest.raises(UserError, match=r"do not fit the scheme 'alibi': other names or shapes: .*methods"):
+        lookfar.load(place / "shards", scheme="alibi")
+
+
+def test_shards_of_a_narrow_model_that_has_learned_nothing_are_loaded(place, book, tmp_path):
+    train(a_run(book, *SHARDS, "training.updates=0", "model.dtype=bfloat16"), tmp_path)
+    shards, plain = weights(place / "fresh", 0), weights(tmp_path, 0)
+    assert {each.dtype for each in shards.values()} == {torch.bfloat16, torch.float32}
+    assert shards.keys() == plain.keys() and all(torch.equal(each, plain[name]) for name, each in shards.items())
+    assert all(map(torch.equal, lookfar.load(place / "fresh").parameters(), lookfar.load(tmp_path).parameters()))
+
+
+def test_the_export_of_shards_is_the_file_of_a_plain_checkpoint(place, tmp_path):
+    plain = place / "plain" / "checkpoints"
+    for which, update in (("last", 20), (10, 10)):
+        for kind in ("shards", "plain"):
+            file = export(place / kind, tmp_path / kind / f"{which}.safetensors", which=which)
+            assert file.read_bytes() == (plain / str(update) / checkpoint.WEIGHTS).read_bytes()
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")], ids=["bit", "lost", "empty"]
+)
+@pytest.mark.parametrize("file", ["shard-00001", "shard-00002", checkpoint.STATE, checkpoint.HASHES])
+def test_a_damaged_shard_is_named_and_its_checkpoint_passed_over(place, tmp_path, file, damage):
+    shutil.copytree(place / "shards", tmp_path / "run")
+    (damaged,) = (tmp_path / "run" / "checkpoints" / "20").glob(f"{file}*")
+    damage(damaged)
+    name = "" if file == checkpoint.HASHES else file
+    with pytest.warns(UserWarning, match=rf"checkpoints/20 is damaged: .*{name}.*It is passed over"):
+        assert checkpoint.newest(tmp_path / "run") == 10
+    with pytest.raises(UserError, match=r"checkpoints/20 is damaged"):
+        lookfar.load(tmp_path / "run", which=20)
+
+
+def test_a_process_that_cannot_write_its_shards_stops_all_and_harms_no_earlier_checkpoint(place, told):
+    for each in told:
+        assert "checkpoint of update 20 could not be written" in each["full"] and "No space left" in each["full"]
+    assert [each.name for each in (place / "full" / "checkpoints").iterdir()] == ["10"]
+    assert checkpoint.newest(place / "full") == 10
+
+
+def test_processes_that_are_killed_while_they_save_lose_nothing_published(place, book):
+    for each in launch(place, book, "killed"):
+        each.communicate(timeout=600)
+        assert each.returncode == -signal.SIGKILL
+    published = place / "killed" / "checkpoints"
+    (aside,) = published.glob(".20-*")
+    assert len(list(aside.glob("shard-*"))) == 2
+    assert checkpoint.updates(place / "killed") == [10] and checkpoint.newest(place / "killed") == 10
+    train(a_run(book, *SHARDS), place / "killed")
+    assert {each.name for each in published.iterdir()} == {"10", "20"}
+    assert [(published / each / checkpoint.WEIGHTS).exists() for each in ("10", "20")] == [False, True]
+    assert_same(place / "killed", place / "shards")
 
 
 def test_what_all_refuse_is_one_sentence(told):
@@ -308,15 +498,17 @@ def test_one_process_may_share_anything_else():
 
 
 @pytest.fixture
-def torchrun(tmp_path, book):
+def torchrun(tmp_path, book, request):
     """A recipe, and the command that trains it in two processes."""
     run = a_run(book, "training.updates=4000", "training.checkpoint_every=5", "training.keep=2")
+    run = config.build(run.model_dump(), [f"training.parallel={getattr(request, 'param', 'replicated')}"])
     (tmp_path / "small.toml").write_text(config.write_toml(run.model_dump()))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return [*start, "-m", "lookfar", "train", str(tmp_path / "small.toml"), "--folder", str(tmp_path / "run")]
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("torchrun", ["replicated", "sharded"], indirect=True)
 def test_a_run_whose_processes_are_killed_goes_on_with_one(torchrun, book, tmp_path):
     place, end = tmp_path / "run", time.monotonic() + 120
     with subprocess.Popen(torchrun, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ran:
@@ -355,7 +547,9 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo")
     torch.set_num_threads(1)
     own, text, *names = sys.argv[1:]
-    if names:
+    if names == ["killed"]:
+        killed_while_saving(Path(own), Path(text))
+    elif names:
         sharded(Path(own), Path(text), names)
     else:
         two_processes(distributed.get_rank(), Path(own), Path(text))

@@ -3,22 +3,30 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lookfar.errors import UserError
 
 
-def write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Another name to write a file under; it is renamed once all is written, or removed."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
+        yield aside
         sync(aside)
         aside.replace(file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with replacing(file) as aside:
+        aside.write_bytes(content)
 
 
 def sweep(folder: Path) -> None:

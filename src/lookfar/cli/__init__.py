@@ -12,6 +12,7 @@ from lookfar.cli import (
     doctor,
     evaluate,
     explain,
+    export,
     generate,
     methods,
     report,
@@ -49,7 +50,8 @@ def options(
     """Train decoder-only transformers at a short length, and see how far each position encoding reaches beyond it."""
 
 
-for verb in (study, train, evaluate, generate, analyze, report, methods, explain, schedule, sight, tasks, doctor):
+VERBS = (study, train, evaluate, generate, analyze, report, export, methods, explain, schedule, sight, tasks, doctor)
+for verb in VERBS:
     verb.add(app)
 
 

@@ -5,28 +5,35 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_file
+from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
 from lookfar import files, plugins
 from lookfar.config import Run
 from lookfar.errors import UserError
 from lookfar.model.decoder import Decoder
+from lookfar.training import distributed_checkpoint
 from lookfar.training import folder as run_folder
 
 WEIGHTS, STATE, HASHES = "model.safetensors", "state.pt", "hashes.json"
 
 
+def once(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model has learned; what is shared comes once."""
+    found = {id(each): (name, each) for name, each in reversed(model.state_dict(keep_vars=True).items())}
+    return dict(reversed(found.values()))
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of all that a model has learned, in the memory of the processor; what is shared comes once."""
-    once = {id(each): (name, each) for name, each in reversed(model.state_dict(keep_vars=True).items())}
-    return {name: each.detach().to("cpu", copy=True).contiguous() for name, each in reversed(once.values())}
+    """A copy of all that a model has learned, in the memory of the processor."""
+    return {name: each.detach().to("cpu", copy=True).contiguous() for name, each in once(model).items()}
 
 
 def save(folder: Path, update: int, weights: dict[str, Tensor], state: dict[str, Any]) -> Path:
@@ -35,14 +42,28 @@ def save(folder: Path, update: int, weights: dict[str, Tensor], state: dict[str,
     Raises:
         UserError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    final = folder / "checkpoints" / str(update)
-    aside = final.with_name(f".{update}-{os.getpid()}")
-    try:
+    aside = begin(folder, update)
+    with telling(aside, update):
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        hashes = {WEIGHTS: files.digest(aside / WEIGHTS)}
+    return publish(aside, update, state, hashes)
+
+
+def begin(folder: Path, update: int) -> Path:
+    """Make an empty folder beside the checkpoints, for the files of this one."""
+    aside = folder / "checkpoints" / f".{update}-{os.getpid()}"
+    with telling(aside, update):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+    return aside
+
+
+def publish(aside: Path, update: int, state: dict[str, Any], hashes: dict[str, str]) -> Path:
+    """Add the state to the files that lie aside with these hashes, and make them the checkpoint by one rename."""
+    final, folder = aside.with_name(str(update)), aside.parents[1]
+    with telling(aside, update):
         torch.save(state, aside / STATE)
-        hashes = {name: files.digest(aside / name) for name in (WEIGHTS, STATE)}
+        hashes = {**hashes, STATE: files.digest(aside / STATE)}
         (aside / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for each in aside.iterdir():
             files.sync(each)
@@ -52,13 +73,20 @@ def save(folder: Path, update: int, weights: dict[str, Tensor], state: dict[str,
         files.sync_folder(final.parent)
         manifest = read_manifest(folder)
         files.write(folder / run_folder.MANIFEST, _spell({**manifest, "last": update}))
+    return final
+
+
+@contextmanager
+def telling(aside: Path, update: int) -> Iterator[None]:
+    """Where a checkpoint cannot be written, remove what lies aside and say so in a `UserError`."""
+    try:
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"The checkpoint of update {update} could not be written to {final.parent} ({error}); "
+            f"The checkpoint of update {update} could not be written to {aside.parent} ({error}); "
             f"earlier checkpoints are untouched. Make room and run the same command again."
         ) from error
-    return final
 
 
 def finish(folder: Path, update: int) -> None:
@@ -124,7 +152,10 @@ def inspect(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in a sentence; None: it is whole."""
     try:
         hashes = json.loads((checkpoint / HASHES).read_text(encoding="utf-8"))
-        wrong = [name for name in (WEIGHTS, STATE) if files.digest(checkpoint / name) != hashes.get(name)]
+        names = {STATE, *hashes.keys()}
+        if len(names) == 1:  # without one of weights, or any of their shards
+            names.add(WEIGHTS)
+        wrong = [name for name in sorted(names) if files.digest(checkpoint / name) != hashes.get(name)]
     except (OSError, ValueError, AttributeError) as error:
         return f"The checkpoint {checkpoint} is damaged: {error}."
     return f"The checkpoint {checkpoint} is damaged: {', '.join(wrong)} is not what was written." if wrong else None
@@ -136,8 +167,20 @@ def restore(folder: Path, update: int, model: Decoder, *, mapped: bool = False) 
     A mapped state is read as it is used: processes that each take a part need not all hold the whole.
     """
     checkpoint = folder / "checkpoints" / str(update)
-    load_model(model, str(checkpoint / WEIGHTS), device=str(model.embedding.weight.device))
-    return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+    if (checkpoint / WEIGHTS).exists():
+        load_model(model, str(checkpoint / WEIGHTS), device=str(model.embedding.weight.device))
+        return state
+    distributed_checkpoint.fill(once(model), checkpoint)
+    stored = distributed_checkpoint.StoredOptimizer(checkpoint, state["optimizer"]["param_groups"])
+    return {**state, "optimizer": stored}
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint, whole, whichever way it was written."""
+    if (checkpoint / WEIGHTS).exists():
+        return load_file(checkpoint / WEIGHTS)
+    return distributed_checkpoint.read_weights(checkpoint)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -147,6 +190,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
+
+
+def find(folder: Path, which: str | int) -> int:
+    """The update of the checkpoint `"last"`, `"best"`, or of a number of updates.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    if which in ("last", "best"):
+        update = newest(folder) if which == "last" else read_manifest(folder).get("best")
+    elif str(which).isdigit():
+        update = int(which)
+    else:
+        raise UserError(f"No checkpoint is called {which!r}; name 'last', 'best' or a number of updates.")
+    if update is None or update not in updates(folder):
+        raise UserError(f"{folder} has no whole checkpoint {which!r}; it has: {updates(folder) or 'none'}.")
+    if damage := inspect(folder / "checkpoints" / str(update)):
+        raise UserError(damage)
+    return update
 
 
 def load(folder: str | Path, *, which: str | int = "last", scheme: str | None = None, trust: bool = False) -> Decoder:
@@ -166,16 +228,7 @@ def load(folder: str | Path, *, which: str | int = "last", scheme: str | None = 
     check_trust(run, trust)
     if scheme is not None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"scheme": scheme})})
-    if which in ("last", "best"):
-        update = newest(folder) if which == "last" else read_manifest(folder).get("best")
-    elif str(which).isdigit():
-        update = int(which)
-    else:
-        raise UserError(f"No checkpoint is called {which!r}; name 'last', 'best' or a number of updates.")
-    if update is None or update not in updates(folder):
-        raise UserError(f"{folder} has no whole checkpoint {which!r}; it has: {updates(folder) or 'none'}.")
-    if damage := inspect(folder / "checkpoints" / str(update)):
-        raise UserError(damage)
+    update = find(folder, which)
     model = Decoder(run.model)
     try:
         restore(folder, update, model)

@@ -7,6 +7,7 @@ from torch import nn
 
 from lookfar.config import TrainingConfig
 from lookfar.methods.base import Method
+from lookfar.training.distributed_checkpoint import StoredOptimizer
 from lookfar.training.sharding import ShardedAdamW, sharded
 
 
@@ -67,6 +68,14 @@ def muon(model: nn.Module, config: TrainingConfig) -> Together:
 def build(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """The configured optimizer over all that a model learns."""
     return {"adamw": adamw, "muon": muon}[config.optimizer](model, config)
+
+
+def go_on(optimizer: Optimizer, state: dict[str, Any] | StoredOptimizer) -> None:
+    """Take up a state, whole or stored in shards."""
+    if isinstance(state, StoredOptimizer):
+        groups = (optimizer.plain if isinstance(optimizer, ShardedAdamW) else optimizer).param_groups
+        state = state.read([each for group in groups for each in group["params"]])
+    optimizer.load_state_dict(state)
 
 
 def _adamw(model: nn.Module, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -52,6 +52,20 @@ class Processes:
             raise UserError(str(told[1]))
         return told[0]  # pyright: ignore[reportReturnType]  # it is what `do` gave to the first
 
+    def each(self, do: Callable[[], T]) -> list[T]:
+        """What every process gets from `do`, in their order; an OSError of one is one of all."""
+        if self.count == 1:
+            return [do()]
+        told: list[tuple[T, None] | tuple[None, str]] = [(None, "")] * self.count
+        try:
+            own = do(), None
+        except OSError as error:
+            own = None, str(error)
+        distributed.all_gather_object(told, own)
+        if wrong := [error for _, error in told if error is not None]:
+            raise OSError(wrong[0])
+        return [found for found, _ in told]  # pyright: ignore[reportReturnType]  # it is what `do` gave to each
+
     def largest(self, value: int) -> int:
         """The largest value that any process has: 0 where none has anything to say."""
         return int(self._together(torch.tensor(value), distributed.ReduceOp.MAX))

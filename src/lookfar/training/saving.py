@@ -1,5 +1,9 @@
-"""Publishes checkpoints beside training: a copy is taken at once, and written while the next updates are computed."""
+"""Publishes checkpoints beside training: a copy is taken at once, and written while the next updates are computed.
 
+Processes that have parts of a model write them together and wait for one another, each for its share alone.
+"""
+
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lookfar.model.decoder import Decoder
-from lookfar.training import checkpoint, sharding
+from lookfar.training import checkpoint, distributed_checkpoint, sharding
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.schedules import budgets
@@ -38,11 +42,11 @@ class Saver:
     ) -> None:
         """Take a copy and begin to publish it; `better` is its held-out loss, where that is the lowest so far.
 
-        A checkpoint does not depend on how many processes there are; all of them must come here.
+        All processes must come here. What is loaded does not depend on how many there are: one that has the whole
+        model writes it for all, and those that have parts write their parts.
         """
         self.wait()
         config = self.pieces.run.training
-        whole = sharding.gathered(model, keep=self.processes.first, device="cpu")
         state = {
             "optimizer": optimizer.state_dict(),
             "accumulation": self.pieces.accumulation,
@@ -50,18 +54,34 @@ class Saver:
             "random_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
             **progress,
         }
-        if not self.processes.first:
-            return
-        weights, state = checkpoint.weights(whole or model), tree_map_only(Tensor, _copy, state)
 
-        def publish() -> None:
-            checkpoint.save(self.folder, update, weights, state)
+        def publish(write: Callable[[], Path]) -> None:
+            write()
             if better is not None:
                 checkpoint.note_best(self.folder, update, better)
             if update:
                 checkpoint.thin(self.folder, config.keep, config.checkpoint_every, budgets(config.schedule))
 
-        self._last = self._writer.submit(publish)
+        if sharding.sharded(model):  # at once: processes that agree in a second thread would need a group of their own
+            write = self._write_shards(update, model, state)
+            self.processes.only_first(partial(publish, write))
+        elif self.processes.first:
+            weights, state = checkpoint.weights(model), tree_map_only(Tensor, _copy, state)
+            write = partial(checkpoint.save, self.folder, update, weights, state)
+            self._last = self._writer.submit(publish, write)
+
+    def _write_shards(self, update: int, model: Decoder, state: dict[str, Any]) -> Callable[[], Path]:
+        """Write the shards of all processes aside; the answer publishes them, with the state that has none."""
+        sharding.divide_again(model)
+        optimizer = state["optimizer"]
+        tensors = distributed_checkpoint.named(checkpoint.once(model), optimizer["state"])
+        aside = self.processes.only_first(partial(checkpoint.begin, self.folder, update))
+        with checkpoint.telling(aside, update):
+            distributed_checkpoint.write(aside, tensors)
+            found = self.processes.each(partial(distributed_checkpoint.hashes, aside, self.processes.rank))
+        hashes = {name: value for each in found for name, value in each.items()}
+        state = {**state, "optimizer": {"param_groups": optimizer["param_groups"]}}
+        return partial(checkpoint.publish, aside, update, state, hashes)
 
     def check(self) -> None:
         """Raise what went wrong with the last checkpoint, where that is known by now."""

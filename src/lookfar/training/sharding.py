@@ -1,4 +1,4 @@
-"""Divides a model and its optimizer among processes, layer by layer, and puts them together to be saved.
+"""Divides a model and its optimizer among processes, layer by layer, and puts the model together again.
 
 What methods learn stays whole on every process, in the type it has: it is small, and tables of positions must stay
 float32. FSDP2 (`fully_shard`) divides all else; each layer is gathered while it computes.
@@ -59,23 +59,22 @@ def clip(model: nn.Module, largest: float) -> float:
     return norm
 
 
-def gathered(model: Decoder, *, keep: bool, device: str | None = None) -> Decoder | None:
-    """The whole model, on `device`, for the processes that `keep` it; all must ask. A whole model is its own answer."""
+def gathered(model: Decoder) -> Decoder:
+    """The whole model, on every process; all must ask. A whole model is its own answer."""
     if not sharded(model):
         return model
     divide_again(model)
-    into = _empty(model, device) if keep else None
-    places = {} if into is None else dict(into.named_parameters())
+    with torch.random.fork_rng():  # drawing the first weights leaves no trace
+        whole = Decoder(model.config).eval()
+    places = dict(whole.named_parameters())
     with torch.no_grad():
         for name, each in model.named_parameters():
-            value = _full(each)  # one at a time: there is never room for two copies of all
-            if into is not None:
-                places[name].copy_(value)
-    return into
+            places[name].copy_(_full(each))  # one at a time: there is never room for two copies of all
+    return whole
 
 
 class ShardedAdamW:
-    """AdamW over shards, whose state is saved and loaded whole and numbered as one process alone has it."""
+    """AdamW over shards, whose state is numbered as one process alone has it."""
 
     def __init__(self, plain: torch.optim.Optimizer, **settings: Any) -> None:
         self.plain = plain  # has the groups and the numbers of one process, and the state; it never steps
@@ -102,19 +101,13 @@ class ShardedAdamW:
         self.steps.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, in the memory of the processor, for the first process; all must ask, the others get none."""
+        """The state, with this process's shards."""
         for group in self.plain.param_groups:
             group["lr"] = self.steps.param_groups[0]["lr"]
-        found = self.plain.state_dict()
-        whole, first = {}, distributed.get_rank() == 0
-        for number, values in found["state"].items():
-            gathered_values = {key: _full(value) for key, value in values.items()}
-            if first:  # one machine would have to hold it once for each of its processes
-                whole[number] = {key: value.cpu() for key, value in gathered_values.items()}
-        return {"state": whole, "param_groups": found["param_groups"]}
+        return self.plain.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this process's part of a whole state."""
+        """Take this process's part of a state, whole or divided already."""
         numbered = [each for group in self.plain.param_groups for each in group["params"]]
         parts = {
             number: {key: _part(value, numbered[number]) for key, value in values.items()}
@@ -130,14 +123,7 @@ def _full(value: Tensor) -> Tensor:
 
 def _part(value: Tensor, like: Tensor) -> Tensor:
     """The shard of a whole tensor that belongs to that of a parameter; counts of steps are no shards."""
-    if not isinstance(like, DTensor) or value.shape != like.shape:
+    if not isinstance(like, DTensor) or isinstance(value, DTensor) or value.shape != like.shape:
         return value
     mesh, placements = like.device_mesh, like.placements
     return distribute_tensor(value, mesh, placements, src_data_rank=None).clone()  # not a view of the whole
-
-
-def _empty(model: Decoder, device: str | None) -> Decoder:
-    """A whole decoder of the same configuration, in evaluation; drawing its first weights leaves no trace."""
-    place = model.config.device if device is None else device
-    with torch.random.fork_rng():
-        return Decoder(model.config.model_copy(update={"device": place})).eval()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from lookfar.config import Run
 from lookfar.errors import UserError
@@ -64,7 +63,7 @@ def refuse_branch(before: Run, run: Run, source: Path, update: int, *, same_text
 
 def _take(named: str, model: Decoder, folder: Path) -> None:
     source, update = _place(named, folder)
-    found = load_file(source / "checkpoints" / str(update) / checkpoint.WEIGHTS)
+    found = checkpoint.read_weights(source / "checkpoints" / str(update))
     own = model.state_dict()
     fitting = {name: each for name, each in found.items() if name in own and own[name].shape == each.shape}
     if not fitting:

@@ -143,7 +143,7 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
             if config.updates == 0:
                 saver.save(0, model, optimizer, {"seconds": seconds, "skipped": skipped})
             saver.wait()
-        whole = sharding.gathered(model, keep=True) or model
+        whole = sharding.gathered(model)
         processes.only_first(partial(_finish, folder, run, corpus, whole, seconds))
         if stop := processes.largest(asked[0] if asked else 0):  # in the last update: nothing more is wanted
             raise Interrupted(config.updates, stop)
@@ -249,7 +249,7 @@ def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -
     if state is None:
         return 0.0, 0
     if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizers.go_on(optimizer, state["optimizer"])
     pieces.go_on_with(state.get("accumulation", pieces.accumulation))
     start.restore_random(state)
     return float(state["seconds"]), int(state.get("skipped", 0))
