@@ -183,3 +183,63 @@ def test_the_page_fits_every_window(browser: webdriver.Chrome, width: int) -> No
 
     until(browser, fits)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# A study of tasks
+
+
+@pytest.fixture(scope="module")
+def page_of_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for scheme, reach in {"nope": 14, "rope": 10, "alibi": 8}.items():
+        for seed in (0, 1, 2):
+            for task in ("copy", "sort(digits=multi)"):
+                write_answers(folder / f"{scheme}-{task[:4]}-s{seed}", scheme, task, seed, reach + seed)
+    return write_report([folder])
+
+
+def write_answers(folder: Path, scheme: str, task: str, seed: int, reach: int) -> None:
+    folder.mkdir(parents=True)
+    about = {"run": folder.name, "scheme": scheme, "seed": seed, "data": task, "context": 64, "protocol": "greedy"}
+    rows = [
+        {
+            **about,
+            "checkpoint": checkpoint,
+            "length": length,
+            "metric": "accuracy",
+            "value": float(length <= reach),
+            "count": 50,
+            "trained": 10,
+            "split": "longer" if length > 10 else "held_out",
+        }
+        for checkpoint in ("last", "best")
+        for length in range(2, 21, 2)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def marks(browser: webdriver.Chrome, colour: str) -> int:
+    """How many paths of a colour stand in the charts."""
+    return len(browser.find_elements(By.CSS_SELECTOR, f'.chart path[fill="{colour}"], .chart path[stroke="{colour}"]'))
+
+
+def test_accuracies_are_drawn_told_and_hidden_by_a_click(chromium: webdriver.Chrome, page_of_tasks: Path) -> None:
+    chromium.get_log("browser")
+    chromium.get(page_of_tasks.as_uri())
+    until(chromium, lambda: chromium.execute_script("return document.documentElement.dataset.drawn") == "true")
+    assert len(chromium.find_elements(By.CSS_SELECTOR, ".chart")) == 3  # two tasks and the ranking
+    text = chromium.find_element(By.TAG_NAME, "main").text
+    assert "3 schemes, 18 runs, 2 tasks, answered up to 2 times the trained length." in text
+    assert "trained up to 10" in text and "mean reciprocal rank" in text
+    (line,) = chromium.find_elements(By.CSS_SELECTOR, 'tbody tr[data-series="nope"]')
+    assert line.text.split()[1:3] == ["1.00", "±"]
+    key_of = {name: key(chromium, name) for name in ("nope", "rope", "alibi")}
+    colour = key_of["rope"].find_element(By.CSS_SELECTOR, "svg path").get_attribute("stroke")
+    before = marks(chromium, colour)
+    assert before > 10
+    key_of["rope"].click()
+    until(chromium, lambda: marks(chromium, colour) == 0)
+    assert line.is_displayed() and marks(chromium, "#316ddc") > 5
+    key_of["rope"].click()
+    until(chromium, lambda: marks(chromium, colour) == before)
+    assert chromium.get_log("browser") == []

@@ -42,17 +42,24 @@ def measure(
         done += len(some)
         progress(f"{problems.label} at {length}", done / len(found))
     row = {
-        "data": problems.label,
+        "data": problems.name,
         "protocol": "greedy",
         "length": length,
-        "split": "held_out" if length in problems.split.lengths else "other_length",
+        "split": _split(problems, length),
         "trained": problems.longest_trained,
+        "scratchpad": None if problems.scratchpad is None else problems.scratchpad.parts,
         "chance": problems.task.chance,
     }
     return [
         {**row, "metric": metric, "value": float(np.mean(values)), "count": len(values)}
         for metric, values in scores.items()
     ]
+
+
+def _split(problems: Problems, length: int) -> str:
+    if length in problems.split.lengths:
+        return "held_out"
+    return "longer" if length > problems.longest_trained else "between"
 
 
 def loss(model: Decoder, problems: Problems, *, count: int) -> float:

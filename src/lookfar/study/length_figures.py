@@ -247,3 +247,25 @@ def _shape(looks: Mapping[str, Look]) -> alt.Shape:
 def _dash(looks: Mapping[str, Look]) -> alt.StrokeDash:
     scale = alt.Scale(domain=list(looks), range=[list(look.dash) for look in looks.values()])
     return alt.StrokeDash("scheme:N", scale=scale, legend=_legend(looks))
+
+
+def panels(chart: alt.ConcatChart | alt.LayerChart) -> list[dict[str, Any]]:
+    """The panels of a figure for the page, which has one legend for all; each is as wide as its place."""
+    whole = chart.to_dict(validate=False)
+    inner = whole.pop("concat", [whole])
+    shared = {key: whole[key] for key in ("$schema", "config", "datasets") if key in whole}
+    parameters = [{"name": "hidden", "value": []}, {"name": "lit", "value": ""}]
+    return [{**shared, **_live(each), "params": parameters, "width": "container"} for each in inner]
+
+
+def _live(specification: Mapping[str, Any]) -> dict[str, Any]:
+    """A panel whose marks of a hidden scheme are gone, without a legend of its own."""
+    found = {key: value for key, value in specification.items() if key not in ("$schema", "config", "datasets")}
+    if "layer" in found:
+        return {**found, "layer": [_live(each) for each in found["layer"]]}
+    encoding = {
+        name: {**channel, "legend": None} if name in ("color", "shape", "strokeDash") else channel
+        for name, channel in found.get("encoding", {}).items()
+    }
+    hides = {"filter": "!isDefined(datum.scheme) || indexof(hidden, datum.scheme) < 0"}
+    return {**found, "encoding": encoding, "transform": [*found.get("transform", []), hides]}

@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 Group = tuple[str, int, str]  # data, trained length and unit: only what shares them can be compared
 
 FILES = ("run.toml", "rows.jsonl", "error.txt")  # one of them makes a folder a run
-METRICS = ("perplexity", "parameters", "tokens_per_second", "training_seconds")
+METRICS = ("perplexity", "accuracy", "parameters", "tokens_per_second", "training_seconds")
 KEYS = {"scheme": str, "seed": int, "data": str, "protocol": str, "length": int, "count": int, "context": int}
 INDIFFERENT = {  # settings that leave the numbers of a run what they are
     *("training.seed", "training.checkpoint_every", "training.keep", "training.evaluate_every"),
@@ -57,6 +57,20 @@ class Record:
     def measured(self) -> list[Row]:
         """The rows of perplexity."""
         return [row for row in self.rows if row["metric"] == "perplexity"]
+
+    @property
+    def of_task(self) -> bool:
+        """Whether it was trained on a task and not on a text."""
+        return bool(self.answers) or self.setting("task", "name") not in (None, "none")
+
+    @property
+    def answers(self) -> list[Row]:
+        """The rows of exact answers to problems, each with its `split`: held_out, longer or between."""
+        return [
+            {**row, "split": "longer" if row["length"] > row["trained"] else row["split"]}
+            for row in self.rows
+            if row["metric"] == "accuracy"
+        ]
 
     @property
     def groups(self) -> list[Group]:
@@ -183,7 +197,8 @@ def _read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(files.read_lines(path), start=1):
         if line.get("metric") in METRICS:
             row = _checked(line, f"{path}, line {number}")
-            key = tuple(row.get(name) for name in ("run", "metric", "unit", "update", *KEYS) if name != "count")
+            about = ("run", "metric", "unit", "update", "checkpoint", "scratchpad", *KEYS)
+            key = tuple(row.get(name) for name in about if name != "count")
             kept[key] = max(row, kept.get(key, row), key=lambda row: row["count"])
     return list(kept.values())
 

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,9 +11,11 @@ from typing import Any
 from lookfar import config
 from lookfar.config import Study, read_toml
 from lookfar.errors import UserError
-from lookfar.study.page import compose, definitions, figure, publish, resource, swatch, vega_lite
+from lookfar.study.lessons import lessons
+from lookfar.study.page import compose, definitions, figure, publish, resource, vega_lite
 from lookfar.study.planned import Planned
 from lookfar.study.records import METRICS, Part, Record, Row, collect, name_series, parts_of
+from lookfar.study.table import Column, table
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -31,7 +32,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     from lookfar.study import budget_figures, figures  # late, as vl_convert: `lookfar --help` has no time for altair
 
     every = collect(folders)
-    records = [record for record in every if not record.trial]
+    records = [record for record in every if not record.trial and not record.of_task]
     names = name_series(records)
     parts = parts_of(records, names)
     looks = figures.looks({name: record.label for name, record in zip(names, records, strict=True)})
@@ -56,7 +57,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         _section(part, looks, dict(zip(panels, of_part, strict=True)), alone=len(parts) == 1)
         for part, *of_part in zip(parts, *panels.values(), strict=True)
     ]
-    contents[page] = compose(title, looks, _head(title, every, parts), sections).encode()
+    learned = lessons([record for record in every if record.answers and not record.trial])
+    contents |= {page.parent / "figures" / name: content for name, content in learned.files.items()}
+    sections += learned.sections
+    contents[page] = compose(title, {**looks, **learned.looks}, _head(title, every, parts), sections).encode()
     for path, content in contents.items():
         publish(path, content)
     return page
@@ -77,6 +81,7 @@ def _study(source: Path) -> Mapping[str, Any]:
 def _head(title: str, every: Sequence[Record], parts: Sequence[Part]) -> str:
     records = [record for record in every if not record.trial]
     rows = [row for record in records for row in record.measured]
+    told_of = [*rows, *(row for record in records for row in record.answers)]
     lead = f"{_counted(len({record.scheme for record in records}), 'scheme')}, {_counted(len(records), 'run')}"
     if rows:
         contexts = _either(sorted({row["context"] for row in rows}))
@@ -84,8 +89,13 @@ def _head(title: str, every: Sequence[Record], parts: Sequence[Part]) -> str:
         factor = farthest["length"] / farthest["context"]
         lead += f", trained at {contexts} tokens and measured up to {farthest['length']:,}"
         lead += f": {factor:.3g} times as far." if factor > 1 else "."
+    if answers := [row for record in records for row in record.answers]:
+        times = max(row["length"] / row["trained"] for row in answers)
+        lead += (
+            f", {_counted(len(_values(answers, 'data')), 'task')}, answered up to {times:.3g} times the trained length."
+        )
     known = _words()["protocols"]
-    told = [(protocol, known.get(protocol.partition("(")[0])) for protocol in sorted(_values(rows, "protocol"))]
+    told = [(protocol, known.get(protocol.partition("(")[0])) for protocol in sorted(_values(told_of, "protocol"))]
     protocols = [(_spoken(protocol), sentence) for protocol, sentence in told if sentence]
     facts = [*(_facts(parts[0]) if len(parts) == 1 else []), *_choices(every)]
     return (
@@ -146,7 +156,7 @@ def _remarks(records: Sequence[Record]) -> str:
     """What is missing: runs that failed or were not measured, and those of a study that never began."""
     lines = []
     for record in records:
-        if not record.measured:
+        if not record.measured and not record.answers:
             updates, planned = max(record.losses, default=0), record.setting("training", "updates")
             done = f"{updates:,}{f' of {planned:,}' if planned else ''} updates are logged"
             seed = "" if record.seed is None else f", seed {record.seed}"
@@ -182,52 +192,11 @@ def _section(part: Part, looks: Mapping[str, Any], panels: Mapping[str, Sequence
             band = words["bands"].get(name, "") if seeds > 1 else ""
             blocks.append(figure(of_name, words[name] + band, name))
         if of_name and name == "perplexity":
-            blocks.append(_table(part.rows, looks))
+            blocks.append(table(_columns(part.rows), looks, _words()["table"], foot="tokens scored"))
     return "<section>\n" + "\n".join(blocks) + "\n</section>"
 
 
-@dataclass(frozen=True)
-class _Column:
-    head: str
-    note: str
-    values: Mapping[str, Sequence[float]]  # by series, one a seed
-    show: Callable[[Sequence[float]], str]
-    best: Callable[[Iterable[float]], float] | None = None
-    foot: str = ""
-
-
-def _table(rows: Sequence[Row], looks: Mapping[str, Any]) -> str:
-    """A line for each series, a column for each number; what is best of a column is bold."""
-    of_protocols = _columns(rows)
-    columns = [column for each in of_protocols.values() for column in each]
-    spans = [
-        f'<th class="span" colspan="{len(each)}"><span>{escape(name)}</span></th>'
-        for name, each in of_protocols.items()
-    ]
-    heads = [
-        f'<th scope="col" data-column="{place}"><button type="button"><span>{column.head}</span>'
-        f"<small>{escape(column.note)}</small></button></th>"
-        for place, column in enumerate([_Column("scheme", "", {}, str), *columns])
-    ]
-    cells = [_cells(column) for column in columns]
-    body = [
-        f'<tr data-series="{escape(name)}"><td data-value="{escape(name)}">{swatch(look)} {escape(name)}</td>'
-        + "".join(of_column.get(name, '<td data-value="">–</td>') for of_column in cells)
-        + "</tr>\n"
-        for name, look in looks.items()
-        if any(name in column.values for column in columns)
-    ]
-    foot = "".join(f"<td>{column.foot}</td>" for column in columns)
-    table = (
-        f"<thead><tr><td></td>{''.join(spans)}</tr>\n<tr>{''.join(heads)}</tr></thead>\n"
-        f"<tbody>{''.join(body)}</tbody>\n<tfoot><tr><td>tokens scored</td>{foot}</tr></tfoot>"
-    )
-    return (
-        f'<figure><div class="scroll"><table>{table}</table></div><figcaption>{_words()["table"]}</figcaption></figure>'
-    )
-
-
-def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
+def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     """The columns of the table under the name of their protocol."""
     from lookfar.study.figures import panels_of, readable
 
@@ -238,9 +207,9 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
         deviation = readable(stdev(each)) if "e" in text else f"{stdev(each):,.{len(text.partition('.')[2])}f}"
         return f'{text}<span class="std">± {deviation}</span>'
 
-    def column(head: str, note: str, rows: Iterable[Row], *rest: Any) -> _Column:
+    def column(head: str, note: str, rows: Iterable[Row], *rest: Any) -> Column:
         by_series = _grouped(rows, "series")
-        return _Column(head, note, {name: [row["value"] for row in each] for name, each in by_series.items()}, *rest)
+        return Column(head, note, {name: [row["value"] for row in each] for name, each in by_series.items()}, *rest)
 
     metrics = {metric: _grouped(rows, "metric").get(metric, []) for metric in METRICS}
     seeds = {
@@ -248,10 +217,10 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[_Column]]:
     }
     columns = {
         "training": [
-            _Column("seeds", "", seeds, lambda each: f"{each[0]:.0f}"),
+            Column("seeds", "", seeds, lambda each: f"{each[0]:.0f}"),
             column("parameters", "millions", metrics["parameters"], lambda each: f"{fmean(each) / 1e6:,.3f}"),
             column("speed", "tokens/s", metrics["tokens_per_second"], lambda each: f"{fmean(each):,.0f}", max),
-            _Column("time", "", _times(metrics["training_seconds"]), lambda each: _duration(fmean(each))),
+            Column("time", "", _times(metrics["training_seconds"]), lambda each: _duration(fmean(each))),
         ]
     }
     for title, measured in panels_of(metrics["perplexity"]).items():
@@ -277,18 +246,6 @@ def _times(rows: Sequence[Row]) -> dict[str, list[float]]:
         name: [sum(row["value"] for row in of_seed) for of_seed in _grouped(each, "seed").values()]
         for name, each in _grouped(rows, "series").items()
     }
-
-
-def _cells(column: _Column) -> dict[str, str]:
-    means = {name: fmean(each) for name, each in column.values.items()}
-    finite = [mean for mean in means.values() if math.isfinite(mean)]
-    best = column.best(finite) if column.best and len(means) > 1 and finite else None
-    cells = {}
-    for name, mean in means.items():
-        shown, exact = column.show(column.values[name]), ", ".join(f"{value:.6g}" for value in column.values[name])
-        shown = f"<b>{shown}</b>" if mean == best else shown
-        cells[name] = f'<td data-value="{mean if math.isfinite(mean) else ""}" title="{exact}">{shown}</td>'
-    return cells
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ from lookfar.study.grid import expand, rate_of
 from lookfar.study.planned import Planned
 from lookfar.study.work import Job, Pool
 from lookfar.study.workers import Here, Watching, working
-from lookfar.training import checkpoint
+from lookfar.training import checkpoint, problems
 from lookfar.training import folder as run_folder
 from lookfar.training.schedules import ends
 
@@ -96,10 +96,13 @@ def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool, here: Here
 
 def _is_done(place: Path, run: Run) -> bool:
     """Whether a run is trained and, by the number of its rows, measured."""
-    rows = [row for row in files.read_lines(place / run_folder.ROWS) if row["metric"] == "perplexity"]
-    found = [(row["length"], row.get("update")) for row in rows]
-    wanted = [(length, update) for length in run.lengths for update in ends(run.training)]
+    rows = files.read_lines(place / run_folder.ROWS)
     trained = checkpoint.read_manifest(place).get("finished") == run.training.updates
+    if run.task.name is not None:
+        answered = {row["length"] for row in rows if row["metric"] == "accuracy"}
+        return trained and answered >= set(problems.lengths(run, problems.problems_of(run.task)))
+    found = [(row["length"], row.get("update")) for row in rows if row["metric"] == "perplexity"]
+    wanted = [(length, update) for length in run.lengths for update in ends(run.training)]
     return trained and all(found.count(each) >= len(run.evaluation.protocols) for each in wanted)
 
 
@@ -129,5 +132,6 @@ def _refuse_another(planned: Planned, folder: Path) -> None:
 def _prepare_texts(planned: Mapping[str, Planned], watching: Watching) -> None:
     """Make every text ready before several processes ask for it at once."""
     with watching(f"[0/{len(planned)}] text: ") as watch:
-        for data in {each.run.data.model_dump_json(): each.run.data for each in planned.values()}.values():
+        texts = [each.run.data for each in planned.values() if each.run.task.name is None]
+        for data in {each.model_dump_json(): each for each in texts}.values():
             open_corpus(data, progress=lambda what, part: watch({"event": "data", "what": what, "part": part}))

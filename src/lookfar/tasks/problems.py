@@ -49,8 +49,8 @@ class Problems:
         self.bos = bos
         self.split = Split(self.task, lengths, held_out=held_out)
         self.vocabulary = vocabulary_of(self.task, self.scratchpad)
-        forms = [f"scratchpad={scratchpad}"] * (scratchpad is not None) + ["no bos"] * (not bos)
-        self.label = ", ".join([str(terms[0]), *forms])
+        self.name = str(terms[0]) + ", no bos" * (not bos)
+        self.label = self.name + f", scratchpad={scratchpad}" * (scratchpad is not None)
 
     @property
     def longest_trained(self) -> int:

@@ -94,9 +94,9 @@ def measure_problems(
     rows: list[Row] = []
     fresh: dict[tuple[int, int], list[Row]] = {}  # the last may be the best
     for which, each in models.items():
-        said = {**about(run, folder), "checkpoint": which}
+        said = {**about(run, folder), "checkpoint": which, "update": manifest.get(which)}
         for length in lengths or lengths_of(run, problems):
-            same = {**said, "data": problems.label, "protocol": "greedy", "length": length}
+            same = {**said, "data": problems.name, "protocol": "greedy", "length": length}
             found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
             if not found:
                 if (id(each), length) not in fresh:

@@ -1,0 +1,151 @@
+"""The part of a report that tells how exactly models answer problems, and how much longer than they were trained on."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from lookfar.study.page import definitions, figure, resource, vega_lite
+from lookfar.study.records import Record, Row
+from lookfar.study.statistics import area, longest
+from lookfar.study.table import Column, table
+
+LEAST = 0.9  # of accuracy, for a length to count as reached
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Sections of the page, the looks of their series, and the figures on paper by name."""
+
+    sections: list[str] = field(default_factory=list)
+    looks: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def lessons(records: Sequence[Record]) -> Lessons:
+    """Accuracy by length, the ranking and the scratchpads of runs that were trained on tasks; nothing without any."""
+    if not records:
+        return Lessons()
+    import vl_convert
+
+    from lookfar.study import figures, length_figures
+
+    names = _names(records)
+    rows = [{**row, "scheme": name} for record, name in zip(records, names, strict=True) for row in record.answers]
+    last = [row for row in rows if row.get("checkpoint") != "best"]
+    looks = figures.looks({name: record.scheme for name, record in zip(names, records, strict=True)})
+    drawn: dict[str, Any] = {"accuracy": length_figures.accuracy(last, looks)}
+    if len(looks) > 1 and any(row["split"] == "longer" for row in last):
+        drawn["ranking"] = length_figures.ranking(last, looks)
+    if len({row.get("scratchpad") for row in last}) > 1:
+        drawn["scratchpads"] = length_figures.scratchpads(last, looks)
+    words, blocks, files = json.loads(resource("words.json")), [], {}
+    for name, chart in drawn.items():
+        svg = vl_convert.vegalite_to_svg(chart.to_dict(validate=False), vl_version=vega_lite())
+        files |= {f"{name}.svg": svg.encode(), f"{name}.pdf": vl_convert.svg_to_pdf(svg)}
+        blocks.append(figure(length_figures.panels(chart), words[name], name))
+        if name == "accuracy":
+            blocks.append(table(_columns(rows), looks, words["answers"]))
+    return Lessons(["<section>\n" + "\n".join([_facts(records), *blocks]) + "\n</section>"], looks, files)
+
+
+def _facts(records: Sequence[Record]) -> str:
+    """What was trained, from the settings of the runs; several values stand side by side."""
+
+    def stated(section: str, key: str, text: str) -> str:
+        values = {record.setting(section, key) for record in records} - {None}
+        return text.format(" or ".join(f"{value:,}" for value in sorted(values))) if values else ""
+
+    sizes = sorted({row["value"] for record in records for row in record.rows if row["metric"] == "parameters"})
+    millions = " to ".join(dict.fromkeys(f"{size / 1e6:,.3f}" for size in sizes[:1] + sizes[-1:]))
+    seeds = sorted({record.seed for record in records if record.seed is not None})
+    facts = {
+        "Model": [
+            stated("model", "layers", "{} layers"),
+            stated("model", "width", "width {}"),
+            stated("model", "heads", "{} heads"),
+            f"{millions} million parameters" * bool(sizes),
+        ],
+        "Training": [
+            stated("training", "updates", "{} updates"),
+            stated("training", "batch", "batches of {} problems"),
+            stated("training", "rate", "peak rate {}"),
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" * bool(seeds),
+        ],
+    }
+    told = [(term, ", ".join(filter(None, each))) for term, each in facts.items()]
+    return definitions([(term, text) for term, text in told if text])
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """A curve for each scheme; the label of its study too where runs of a scheme on one task are more than seeds."""
+    seen: dict[tuple[Any, ...], set[str]] = {}
+    for record in records:
+        for row in record.answers:
+            seen.setdefault(_place(record, row), set()).add(record.name)
+    mixed = {record.scheme for record in records for row in record.answers if len(seen[_place(record, row)]) > 1}
+    return [record.label if record.scheme in mixed else record.scheme for record in records]
+
+
+def _place(record: Record, row: Row) -> tuple[Any, ...]:
+    keys = ("data", "scratchpad", "length", "seed", "checkpoint", "protocol")
+    return (record.scheme, *(row.get(key) for key in keys))
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
+    """For each task: accuracy on trained and on longer lengths, how far it reaches, and that of the best checkpoint."""
+    found = {}
+    for data in dict.fromkeys(_task(row) for row in rows):
+        of_task = [row for row in rows if _task(row) == data]
+        last = [row for row in of_task if row.get("checkpoint") != "best"]
+        best = [row for row in of_task if row.get("checkpoint") == "best"]
+        found[data] = [
+            Column("trained", "lengths, held out", _by_seed(last, "held_out", _mean), _accuracy, max),
+            Column("longer", "lengths", _by_seed(last, "longer", _mean), _accuracy, max),
+            Column("reach", f"accuracy ≥ {LEAST:g}", _by_seed(last, None, _reach), _length, max),
+            Column("area", "beyond training", _by_seed(last, "longer", _area), _accuracy, max),
+        ]
+        if best:
+            found[data].append(Column("longer", "best checkpoint", _by_seed(best, "longer", _mean), _accuracy, max))
+    return {data: [each for each in columns if each.values] for data, columns in found.items()}
+
+
+def _task(row: Row) -> str:
+    return f"{row['data']}, scratchpad {row['scratchpad']}" if row.get("scratchpad") else row["data"]
+
+
+def _by_seed(rows: Iterable[Row], split: str | None, value: Any) -> dict[str, list[float]]:
+    curves: dict[tuple[str, int], dict[int, float]] = {}
+    for row in rows:
+        if split is None or row["split"] == split:
+            curves.setdefault((row["scheme"], row["seed"]), {})[row["length"]] = row["value"]
+    found: dict[str, list[float]] = {}
+    for (scheme, _), curve in curves.items():
+        found.setdefault(scheme, []).append(value(list(curve), list(curve.values())))
+    return found
+
+
+def _mean(lengths: Sequence[int], accuracies: Sequence[float]) -> float:
+    return fmean(accuracies)
+
+
+def _area(lengths: Sequence[int], accuracies: Sequence[float]) -> float:
+    return area(lengths, accuracies)
+
+
+def _reach(lengths: Sequence[int], accuracies: Sequence[float]) -> float:
+    return float(longest(lengths, accuracies, at_least=LEAST) or 0)
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    return f"{fmean(values):.2f}" + _deviation(values, 2)
+
+
+def _length(values: Sequence[float]) -> str:
+    whole = all(value == values[0] for value in values)
+    return f"{values[0]:.0f}" if whole else f"{fmean(values):.1f}" + _deviation(values, 1)
+
+
+def _deviation(values: Sequence[float], digits: int) -> str:
+    return f'<span class="std">± {stdev(values):.{digits}f}</span>' if len(values) > 1 else ""
