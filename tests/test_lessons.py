@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from lookfar.config import ModelConfig
 from lookfar.errors import UserError
 from lookfar.evaluation import accuracy
 from lookfar.model.decoder import Decoder
+from lookfar.study.report import write_report
+from lookfar.study.runner import run_study
 from lookfar.tasks.problems import Problems
 from lookfar.tasks.symbols import EOS, PADDING
 from lookfar.training import checkpoint, objectives
@@ -128,15 +131,15 @@ def test_a_model_learns_to_answer(a_run, tmp_path, numbering):
     found = {row["length"]: row for row in rows if row["metric"] == "first_wrong"}
     assert found[2]["value"] > 0.45 < found[3]["value"]  # `The answer is` at the least
     before = train(run.model_copy(update={"training": run.training.model_copy(update={"updates": 0})}), tmp_path / "0")
-    assert accuracy.loss(lookfar.load(tmp_path), Problems("summation", lengths=[2, 3]), count=20) < 1
-    assert accuracy.loss(before, Problems("summation", lengths=[2, 3]), count=20) > 2
+    assert accuracy.loss(lookfar.load(tmp_path), Problems("summation", lengths=[2, 3]), count=20)[0] < 1
+    assert accuracy.loss(before, Problems("summation", lengths=[2, 3]), count=20)[0] > 2
 
 
 def test_rows_tell_the_last_and_the_best_checkpoint(a_run, tmp_path):
     rows = [row for row in run_whole(a_run(), tmp_path) if row["protocol"] == "greedy"]
     keys = {(row["checkpoint"], row["length"], row["metric"]) for row in rows}
     assert keys == {(c, n, m) for c in ("last", "best") for n in (2, 3, 7) for m in ("accuracy", "first_wrong")}
-    assert {row["length"]: row["split"] for row in rows} == {2: "held_out", 3: "held_out", 7: "other_length"}
+    assert {row["length"]: row["split"] for row in rows} == {2: "held_out", 3: "held_out", 7: "longer"}
     assert {row["trained"] for row in rows} == {5} and {row["count"] for row in rows} == {5}
 
 
@@ -252,7 +255,7 @@ def test_the_held_out_loss_is_that_of_each_problem_alone():
             mask = torch.from_numpy(problem.encoded.written)[1:]
             logits = model(tokens[None, :-1])[0].float()
             losses.append(torch.nn.functional.cross_entropy(logits[mask], tokens[1:][mask]).item())
-    assert accuracy.loss(model, problems, count=3) == pytest.approx(float(np.mean(losses)), rel=1e-6)
+    assert accuracy.loss(model, problems, count=3) == (pytest.approx(float(np.mean(losses)), rel=1e-6), 6)
 
 
 def test_problems_beyond_a_learned_table_are_told():
@@ -266,6 +269,29 @@ def test_a_length_without_held_out_problems_gives_no_rows(monkeypatch):
     problems = Problems("summation", lengths=[2])
     monkeypatch.setattr(problems.split, "measured", lambda length, count: [])
     assert accuracy.measure(a_model(problems), problems, length=2, count=5) == []
+
+
+# Studies
+
+
+def test_a_study_of_tasks_chooses_rates_and_skips_what_is_done(a_run, tmp_path):
+    study = config.build(
+        {
+            **a_run("training.updates=2", "evaluation.lengths=[2, 7]").model_dump(),
+            "study": {"schemes": ["nope", "alibi"], "choose_rate": [1e-3, 1e-30], "runs": [{"name": "copy"}]},
+        },
+        (),
+        config.Study,
+    )
+    assert run_study(study, tmp_path, lambda title: nullcontext(lambda event: None)) == {}
+    rows = files.read_lines(tmp_path / "nope-copy-s0" / "rows.jsonl")
+    assert {row["chosen_rate"] for row in rows} == {1e-3}
+    assert {(row["length"], row["checkpoint"]) for row in rows if row["metric"] == "accuracy"} >= {(7, "last")}
+    events = []
+    run_study(study, tmp_path, lambda title: nullcontext(events.append))
+    assert [event for event in events if event["event"] in ("update", "evaluation")] == []
+    page = write_report([tmp_path]).read_text()
+    assert "2 schemes" in page and "1 task" in page and (tmp_path / "figures" / "accuracy.svg").exists()
 
 
 # The command

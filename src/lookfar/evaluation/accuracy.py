@@ -62,8 +62,8 @@ def _split(problems: Problems, length: int) -> str:
     return "longer" if length > problems.longest_trained else "between"
 
 
-def loss(model: Decoder, problems: Problems, *, count: int) -> float:
-    """The mean loss in nats of the solutions of held-out problems of the trained lengths, `count` of each at most."""
+def loss(model: Decoder, problems: Problems, *, count: int) -> tuple[float, int]:
+    """The mean loss in nats of held-out solutions of the trained lengths, `count` of each at most, and of how many."""
     total, lines = 0.0, 0
     device = model.embedding.weight.device
     for length in sorted(set(problems.split.lengths)):
@@ -83,7 +83,7 @@ def loss(model: Decoder, problems: Problems, *, count: int) -> float:
             lines += len(some)
     if lines == 0:
         raise UserError(f"{problems.label} has too few problems to hold any out; train on longer ones.")
-    return total / lines
+    return total / lines, lines
 
 
 def _batches(problems: Sequence[Problem]) -> list[list[Problem]]:

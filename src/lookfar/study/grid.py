@@ -15,6 +15,7 @@ from lookfar.errors import UserError, nearest
 from lookfar.study.planned import Planned, with_costs
 from lookfar.training import schedules
 from lookfar.training.check import check
+from lookfar.training.problems import problems_of
 from lookfar.training.start import refuse_branch
 
 LONGEST = 150  # letters of a folder's name
@@ -101,7 +102,8 @@ def _with_seeds(study: Study, point: _Point) -> Iterator[Planned]:
         training = {"rate": rate, "updates": told.choose_updates or trial.training.updates}
         content = trial.model_dump()
         content["training"] |= training
-        content["evaluation"] |= {"lengths": [trial.model.context], "split": "valid", "protocols": ["non_overlapping"]}
+        measured = trial.model.context if trial.task.name is None else problems_of(trial.task).longest_trained
+        content["evaluation"] |= {"lengths": [measured], "split": "valid", "protocols": ["non_overlapping"]}
         name = f"{point.base}-rate={_plain(f'{rate:g}')}-trial"
         candidates.append(Planned(name, _checked(name, content), _notes(point.label, candidate=rate)))
     yield from candidates

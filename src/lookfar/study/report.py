@@ -107,7 +107,7 @@ def _choices(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The rates that were tried, with their held-out losses, and the one that was taken."""
     tried: dict[str, dict[float, float]] = {}
     taken = {record.label: row["chosen_rate"] for record in records for row in record.rows if "chosen_rate" in row}
-    for record in filter(lambda record: record.trial, records):
+    for record in filter(lambda record: record.trial and not record.of_task, records):
         losses = [math.log(row["value"]) for row in record.measured if row["value"] > 0]
         candidate = next(row["candidate"] for row in record.rows if "candidate" in row)
         tried.setdefault(record.label, {})[candidate] = losses[0] if losses else math.nan

@@ -17,11 +17,14 @@ from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model.decoder import Decoder
+from lookfar.tasks.problems import Problems
 from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
 from lookfar.training.precision import autocast
 from lookfar.training.problems import lengths as lengths_of
 from lookfar.training.problems import problems_of
+
+HELD_OUT = 32  # problems of each trained length whose loss is measured
 
 
 def measure(
@@ -77,7 +80,7 @@ def measure(
 def measure_problems(
     model: Decoder, run: Run, folder: Path, *, progress: Progress, lengths: Sequence[int] | None = None
 ) -> list[Row]:
-    """Exact answers at every length, by the last checkpoint and, where one is known, by the best.
+    """Exact answers at every length, and the held-out loss, by the last checkpoint and, where one is known, the best.
 
     Rows that the folder has already are not measured again.
     """
@@ -95,6 +98,7 @@ def measure_problems(
     fresh: dict[tuple[int, int], list[Row]] = {}  # the last may be the best
     for which, each in models.items():
         said = {**about(run, folder), "checkpoint": which, "update": manifest.get(which)}
+        rows += _held_out(each, problems, run, folder, said, known)
         for length in lengths or lengths_of(run, problems):
             same = {**said, "data": problems.name, "protocol": "greedy", "length": length}
             found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
@@ -108,6 +112,18 @@ def measure_problems(
                 run_folder.add_rows(folder, found)
             rows += found
     return rows
+
+
+def _held_out(model: Decoder, problems: Problems, run: Run, folder: Path, said: Row, known: Sequence[Row]) -> list[Row]:
+    """The row of the loss on held-out problems of the trained lengths."""
+    same = {**said, "data": problems.name, "protocol": "held_out", "length": problems.longest_trained, "metric": "loss"}
+    found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
+    if not found:
+        with autocast(run.training.precision, run.model.dtype, model.device):
+            value, count = accuracy.loss(model, problems, count=HELD_OUT)
+        found = [{**same, "value": value, "count": count}]
+        run_folder.add_rows(folder, found)
+    return found
 
 
 def about(run: Run, folder: Path) -> Row:

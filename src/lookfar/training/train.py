@@ -28,7 +28,7 @@ from lookfar.training import folder as run_folder
 from lookfar.training import log as run_log
 from lookfar.training.check import check
 from lookfar.training.log import Log, Watch
-from lookfar.training.measure import about, text_of
+from lookfar.training.measure import HELD_OUT, about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
@@ -38,8 +38,6 @@ from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
 from lookfar.training.saving import Saver
 from lookfar.training.schedules import budgets, rate
-
-HELD_OUT = 32  # problems of each trained length whose loss is measured during training
 
 
 class Interrupted(Exception):
@@ -297,7 +295,7 @@ def _held_out(model: Decoder, corpus: Corpus | Lesson, run: Run) -> float:
     sharding.gather_ends(model)
     with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
         if isinstance(corpus, Lesson):
-            found = accuracy.loss(model, corpus.problems, count=HELD_OUT)
+            found, _ = accuracy.loss(model, corpus.problems, count=HELD_OUT)
         else:
             found = _loss_of_text(model, corpus, run.model.context)
     sharding.divide_again(model)
