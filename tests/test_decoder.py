@@ -176,9 +176,10 @@ def test_feed_forward_layers_have_the_usual_widths():
     assert build(activation="swiglu").blocks[0].feed_forward.up.weight.shape == (32, 24)
 
 
-def test_gelu_is_gelu():
-    layer, x = build(activation="gelu").blocks[0].feed_forward, torch.randn(2, 3, 24)
-    assert_near(layer(x), F.gelu(x @ layer.up.weight.T) @ layer.down.weight.T)
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("relu", F.relu)])
+def test_plain_activations_are_themselves(name, function):
+    layer, x = build(activation=name).blocks[0].feed_forward, torch.randn(2, 3, 24)
+    assert_near(layer(x), function(x @ layer.up.weight.T) @ layer.down.weight.T)
 
 
 def test_normed_queries_and_keys_forget_their_size():

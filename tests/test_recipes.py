@@ -8,8 +8,10 @@ import torch
 
 from lookfar import config, files
 from lookfar.model.decoder import Decoder
+from lookfar.study.grid import expand
 from lookfar.training import objectives, optimizers
 from lookfar.training.check import check
+from lookfar.training.problems import problems_of
 from lookfar.training.train import count_parameters, train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -86,3 +88,35 @@ def test_a_recipe_trains_two_updates_for_real_when_small(name, book, tmp_path):
     train(recipe(name, *small, *text, *short), tmp_path)
     lines = [line for line in files.read_lines(tmp_path / "log.jsonl") if "loss" in line]
     assert len(lines) == 2 and all(0 < line["loss"] < 7 and line["norm"] > 0 < line["rate"] for line in lines[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"), [("length_small", 60), ("length_paper", 255), ("schedules", 24), ("demo", 8)]
+)
+def test_every_run_of_a_study_could_be_trained(name, runs):
+    planned = expand(config.read(RECIPES / f"{name}.toml", (), config.Study))
+    assert len({each.name for each in planned}) == len(planned) == runs
+
+
+def test_the_published_length_study_has_its_models_its_lengths_and_its_tasks():
+    planned = expand(config.read(RECIPES / "length_paper.toml", (), config.Study))
+    run = next(each.run for each in planned if each.run.model.scheme == "nope")
+    with META:
+        model = Decoder(run.model.model_copy(update={"vocabulary": 32_100, "device": "meta"}))
+    assert count_parameters(model) == 109_607_040 - 384  # without a table of T5's that NoPE never reads
+    problems = {each.run.task.name: problems_of(each.run.task) for each in planned}
+    assert len(problems) == 17
+    assert {name.partition("(")[0] for name in problems} == {
+        *("copy", "reverse", "addition", "polynomial", "sort", "summation", "parity", "lego", "scan", "pcfg")
+    }
+    assert problems["addition"].longest_trained == 8 and problems["copy(variant=mixed)"].longest_trained == 20
+    assert run.training.warmup == 0.06 * run.training.updates
+
+
+def test_the_small_length_study_is_small():
+    planned = expand(config.read(RECIPES / "length_small.toml", (), config.Study))
+    for run in (each.run for each in planned):
+        vocabulary = len(problems_of(run.task).vocabulary)
+        with META:
+            model = Decoder(run.model.model_copy(update={"vocabulary": vocabulary, "device": "meta"}))
+        assert count_parameters(model) <= 5_000_000

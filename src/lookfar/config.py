@@ -48,7 +48,7 @@ class ModelConfig(_Settings):
     heads: Count = 4  # of the plain transformer; a merge of several maps divides them its own way
     groups: Count | None = None  # key and value heads; None: as many as heads
     head_width: Count | None = None  # None: width / heads
-    hidden: Count | None = None  # width of the feed-forward layer; None: 8/3 width for swiglu, 4 width for gelu
+    hidden: Count | None = None  # width of the feed-forward layer; None: 8/3 width for swiglu, 4 width for the others
     context: Count = 128  # tokens per training sequence
     positions: Count | None = None  # size of a learned table; None: context
     scheme: str | Annotated[tuple[str, ...], Field(min_length=1)] = (
@@ -57,7 +57,7 @@ class ModelConfig(_Settings):
     window: Count | Annotated[tuple[Count | None, ...], Field(min_length=1)] | None = (
         None  # tokens that a query sees, itself included; None: all
     )
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
     tied: bool = True  # one matrix embeds tokens and predicts them
     qk_norm: bool = False
     slots: Count | None = None  # tokens that can be predicted at once, by slots after the text; None: one by one only

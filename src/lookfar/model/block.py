@@ -14,17 +14,18 @@ from lookfar.sight import Sight
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer, 2020, arXiv 2002.05202) or GELU, without biases."""
+    """SwiGLU (Shazeer, 2020, arXiv 2002.05202), GELU or ReLU, without biases."""
 
-    def __init__(self, width: int, hidden: int, activation: Literal["swiglu", "gelu"]) -> None:
+    def __init__(self, width: int, hidden: int, activation: Literal["swiglu", "gelu", "relu"]) -> None:
         super().__init__()
         self.gated = activation == "swiglu"
+        self.plain = F.relu if activation == "relu" else F.gelu
         self.up = nn.Linear(width, hidden * (2 if self.gated else 1), bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
         if not self.gated:
-            return self.down(F.gelu(self.up(x)))
+            return self.down(self.plain(self.up(x)))
         gate, value = self.up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * value)
 

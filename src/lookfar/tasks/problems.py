@@ -49,6 +49,7 @@ class Problems:
         self.bos = bos
         self.split = Split(self.task, lengths, held_out=held_out)
         self.vocabulary = vocabulary_of(self.task, self.scratchpad)
+        self._tokens: dict[int, int] = {}  # of the longest problem of a length
         self.name = str(terms[0]) + ", no bos" * (not bos)
         self.label = self.name + f", scratchpad={scratchpad}" * (scratchpad is not None)
 
@@ -71,7 +72,10 @@ class Problems:
 
     def tokens(self, length: int) -> int:
         """The most tokens that a problem of this length has among a few."""
-        return max(len(each.encoded.tokens) for each in self.measured(length, SAMPLE) or [_none(length, self.label)])
+        if length not in self._tokens:
+            some = self.measured(length, SAMPLE) or [_none(length, self.label)]
+            self._tokens[length] = max(len(each.encoded.tokens) for each in some)
+        return self._tokens[length]
 
     def correct(self, problem: Problem, written: str) -> bool:
         """Whether what was written has the right answer."""

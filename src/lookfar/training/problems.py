@@ -82,13 +82,14 @@ def problems_of(config: TaskConfig) -> Problems:
         UserError: no such task, length or scratchpad.
     """
     assert config.name is not None
-    return Problems(
-        config.name,
-        lengths=config.lengths,
-        scratchpad=config.scratchpad,
-        bos=config.bos,
-        held_out=config.held_out,
-    )
+    return _problems(config.name, config.lengths, config.scratchpad, config.bos, config.held_out)
+
+
+@lru_cache(maxsize=64)  # a study asks for the same again and again
+def _problems(
+    name: str, lengths: tuple[int, ...] | None, scratchpad: str | None, bos: bool, held_out: float
+) -> Problems:
+    return Problems(name, lengths=lengths, scratchpad=scratchpad, bos=bos, held_out=held_out)
 
 
 def check(run: Run) -> None:
