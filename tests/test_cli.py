@@ -90,6 +90,7 @@ def test_help_does_not_wait_for_torch():
         "generate",
         "schedule",
         "doctor",
+        "duplicates",
         "sight",
         "tasks",
     ],

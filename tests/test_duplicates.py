@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lookfar import cli
 from lookfar.data import duplicates as room
 from lookfar.data.base import Document, Source
 from lookfar.data.duplicates import Documents, Duplicates, Pair, duplicates
@@ -159,3 +160,16 @@ def test_what_makes_no_sense_is_refused():
             duplicates([], [], **wrong)
     with pytest.raises(UserError, match="Documents are read twice"):
         duplicates(iter([]), [])
+
+
+def test_the_command_counts_what_a_text_has_twice(tmp_path, monkeypatch, capsys):
+    book, recipe = tmp_path / "book.txt", tmp_path / "text.toml"
+    book.write_text("the same words in the same order\n" * 400)
+    recipe.write_text(f'[data]\nsource = "text_file"\npath = "{book}"\n')
+    monkeypatch.setattr("sys.argv", ["lookfar", "duplicates", str(recipe)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    told = capsys.readouterr().out
+    assert left.value.code == 0, told
+    assert told.startswith("text_file:book.txt: of 1 held-out documents 0 are word for word among 1 training documents")
+    assert "and 1 nearly" in told and "is like" in told

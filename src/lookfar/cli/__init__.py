@@ -10,6 +10,7 @@ import lookfar
 from lookfar.cli import (
     analyze,
     doctor,
+    duplicates,
     evaluate,
     explain,
     export,
@@ -50,7 +51,10 @@ def options(
     """Train decoder-only transformers at a short length, and see how far each position encoding reaches beyond it."""
 
 
-VERBS = (study, train, evaluate, generate, analyze, report, export, methods, explain, schedule, sight, tasks, doctor)
+VERBS = (
+    *(study, train, evaluate, generate, analyze, report, export, methods, explain, schedule, sight, tasks),
+    *(duplicates, doctor),
+)
 for verb in VERBS:
     verb.add(app)
 

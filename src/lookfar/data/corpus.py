@@ -117,6 +117,11 @@ def open_corpus(config: DataConfig, *, tokenizer: Tokenizer | None = None, progr
     return Corpus(tuple(texts), tuple(each.weight for each in mixed), tokenizer, config.documents == "isolated")
 
 
+def sources_of(config: DataConfig) -> list[tuple[str, Source]]:
+    """The configured sources of text and how they are named."""
+    return [(_name(each), _source(each)) for each in ingredients(config)]
+
+
 def _source(ingredient: Ingredient) -> Source:
     return plugins.find("data", ingredient.source)(path=ingredient.path)
 
