@@ -612,16 +612,21 @@ def test_interleaved_rope_is_gpt_js():
         assert_same(own, translate, dict(module.named_parameters()), reads, gives, sight())
 
 
+GROUPED = {  # the sizes of models whose heads share keys and values
+    "vocab_size": 61,
+    "hidden_size": 20,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+}
+
+
 @pytest.mark.parametrize("mask", [None, PADDING])
 def test_a_soft_cap_and_windows_in_turn_are_gemma_2s(mask):
     config = transformers.Gemma2Config(
-        vocab_size=61,
-        hidden_size=20,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
+        **GROUPED,
         query_pre_attn_scalar=6,
         attn_logit_softcapping=0.8,
         sliding_window=5,
@@ -639,13 +644,7 @@ def test_a_soft_cap_and_windows_in_turn_are_gemma_2s(mask):
 @pytest.mark.parametrize("mask", [None, PADDING])
 def test_a_learned_sink_is_gpt_osss(mask):
     config = transformers.GptOssConfig(
-        vocab_size=61,
-        hidden_size=20,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
+        **GROUPED,
         num_local_experts=2,
         num_experts_per_tok=1,
         attention_bias=False,
