@@ -5,6 +5,8 @@ Every ratio comes from one run in which the rivals take turns; a figure is the m
 
 import argparse
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ def main() -> None:
         "threads": options.threads,
         "torch": torch.__version__,
         "lookfar": lookfar.__version__,
-        "command": f"python -m benchmarks --repeats {options.repeats}",
+        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".strip(),
     }
     for name in options.only or PARTS:
         rows = [{**row, **machine} for row in PARTS[name].run(options.repeats)]

@@ -30,7 +30,7 @@ class AttendedDistance(Analysis):
         nearest = behind.expand_as(trace.scores).masked_fill(~highest, torch.inf).amin(-1)  # b h q
         attended = nearest / seen
         self._means.add("attended_distance", layer, attended, asked)
-        bins = (attended * self.bins).long().clamp(max=self.bins - 1)
+        bins = (nearest * self.bins / seen).long().clamp(max=self.bins - 1)
         for each in range(self.bins):
             self._means.add("distance_share", layer, (bins == each).double(), asked, distance=each / self.bins)
         distance = (trace.weights.double() * behind).sum(-1)

@@ -69,6 +69,10 @@ def analyze_run(
     for term in terms:  # a mistake is told before a model is loaded
         plugins.check(plugins.find("analysis", term.name), term)
     subjects = _open([each for each in (folder, against) if each is not None], trust)
+    if any(each.run.task.name is not None for each in subjects):
+        raise UserError(
+            f"{folder} was trained on a task, and analyses read text; choose a run that was trained on text."
+        )
     if len(subjects) == 2:
         _refuse_unlike(*subjects)
     first = subjects[0]

@@ -77,6 +77,18 @@ def trace(
     """
     if reason := scheme.refusal(sight):
         raise UserError(reason)
+    return trace_rows(queries, keys, values, sight, scheme, inputs)
+
+
+def trace_rows(
+    queries: Float[Tensor, "b h q e"],
+    keys: Float[Tensor, "b g k e"],
+    values: Float[Tensor, "b g2 k v"],
+    sight: Sight,
+    scheme: Scheme,
+    inputs: Float[Tensor, "b q d"] | None = None,
+) -> Trace:
+    """As `trace`, for some rows of a sight that the scheme has been asked about as a whole."""
     rows = Rows(
         queries,
         keys,

@@ -50,8 +50,8 @@ def study(
     except Interrupted as stop:
         typer.echo(f"{stop} The same command goes on from there.", err=True)
         raise typer.Exit(128 + stop.signal) from None
-    typer.echo(f"The report is {write_report([place])}")
     for name, reason in failed.items():
         typer.echo(f"failed: {name}: {reason}", err=True)
+    typer.echo(f"The report is {write_report([place])}")
     if failed:
         raise typer.Exit(1)

@@ -51,8 +51,8 @@ def tasks(
         raise UserError(f"{name!r} names {len(terms)} tasks; examples are printed of one.")
     task = plugins.build("tasks", terms[0])
     if everything:
-        if length is not None or scratchpad is not None:
-            raise UserError("--all prints every problem as it is; leave --length and --scratchpad out.")
+        if length is not None or scratchpad is not None or as_json or seed or terms[0].settings:
+            raise UserError("--all prints every problem as it is, in JSON; leave settings and other options out.")
         lines = _all(task, terms[0].name)
     else:
         lines = _examples(task, task.trained[-1] if length is None else length, count, seed, scratchpad, as_json)
@@ -90,8 +90,7 @@ def _all(task: Any, name: str) -> Iterator[str]:
     if not hasattr(task, "all"):
         raise UserError(f"{name!r} has no end, so that not all of it can be printed; --count says how many.")
     for problem, solution in task.all():
-        output = solution if isinstance(solution, str) else " ".join(solution)
-        yield json.dumps({"input": problem, "output": output})
+        yield json.dumps({"input": problem, "output": solution})
 
 
 def _lengths(lengths: range) -> str:

@@ -11,7 +11,7 @@ from lookfar.evaluation.base import Progress, Row
 from lookfar.model.decoder import Decoder
 from lookfar.model.generate import Sampling, generate
 from lookfar.tasks.problems import Problem, Problems
-from lookfar.tasks.symbols import EOS
+from lookfar.tasks.symbols import EOS, SPECIAL
 
 TOGETHER = 1 << 14  # tokens of the problems that are written at once
 ROOM = 8  # tokens that a model may write beyond the longest right solution, for an answer that is put otherwise
@@ -59,7 +59,7 @@ def measure(
 def _split(problems: Problems, length: int) -> str:
     if length in problems.split.lengths:
         return "held_out"
-    return "longer" if length > problems.longest_trained else "between"
+    return "longer" if length > problems.longest_trained else "other"
 
 
 def loss(model: Decoder, problems: Problems, *, count: int) -> tuple[float, int]:
@@ -95,24 +95,33 @@ def _batches(problems: Sequence[Problem]) -> list[list[Problem]]:
 
 def _written(model: Decoder, problems: Sequence[Problem]) -> list[list[int]]:
     """The tokens that a model writes after each problem, to its EOS."""
-    prompts = [each.encoded.tokens[~each.encoded.written].tolist() for each in problems]
     longest = max(int(each.encoded.written.sum()) for each in problems)
-    room = longest + ROOM
-    if model.farthest is not None:
-        needed = max(map(len, prompts)) + longest
-        if needed > model.farthest:
-            raise UserError(
-                f"Problems of {needed} tokens lie beyond the learned table of {model.farthest} positions; "
-                f"measure shorter ones, or train with model.positions={needed}."
-            )
-        room = min(room, model.farthest - max(map(len, prompts)))
-    return generate(
-        model, prompts, tokens=room, sampling=Sampling(temperature=0.0), stop=lambda tokens: tokens[-1] == EOS
-    )
+    prompts = [each.encoded.tokens[~each.encoded.written].tolist() for each in problems]
+    if model.farthest is None:
+        return _write(model, prompts, longest + ROOM)
+    needed = max(len(each.encoded.tokens) for each in problems) - 1  # the last token is no input
+    if needed > model.farthest:
+        raise UserError(
+            f"Problems of {needed} tokens lie beyond the learned table of {model.farthest} positions; "
+            f"measure shorter ones, or train with model.positions={needed}."
+        )
+    found: list[list[int]] = [[] for _ in prompts]
+    for size in set(map(len, prompts)):  # each to the end of the table
+        alike = [place for place, prompt in enumerate(prompts) if len(prompt) == size]
+        room = min(longest + ROOM, model.farthest - size)
+        for place, tokens in zip(alike, _write(model, [prompts[each] for each in alike], room), strict=True):
+            found[place] = tokens
+    return found
+
+
+def _write(model: Decoder, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
+    greedy = Sampling(temperature=0.0)
+    return generate(model, prompts, tokens=room, sampling=greedy, stop=lambda tokens: tokens[-1] == EOS)
 
 
 def _scores(problems: Problems, problem: Problem, tokens: list[int]) -> dict[str, float]:
-    written = problems.vocabulary.decode(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
+    end = next((place for place, token in enumerate(tokens) if token < len(SPECIAL)), len(tokens))
+    written = problems.vocabulary.decode(tokens[:end])
     right = problem.encoded.tokens[problem.encoded.written].tolist()
     same = next((place for place, token in enumerate(right) if tokens[place : place + 1] != [token]), len(right))
     scores = {"accuracy": float(problems.correct(problem, written)), "first_wrong": same / len(right)}

@@ -89,7 +89,8 @@ class Perplexity(Measurement):
         if model.farthest is not None and length + protocol.bos > model.farthest:
             raise UserError(
                 f"Length {length} lies beyond the learned table of {model.farthest} positions; "
-                f"evaluate at most {model.farthest - protocol.bos}, or train with model.positions={length}."
+                f"evaluate at most {model.farthest - protocol.bos}, or train with "
+                f"model.positions={length + protocol.bos}."
             )
         if protocol.bos and text.bos is None:
             raise UserError(f"The tokenizer of {text.label} has no token that begins a text; measure without bos=true.")
@@ -101,8 +102,8 @@ class Perplexity(Measurement):
             raise UserError(f"No part of {text.label} is long enough for {protocol.name} at length {length}.")
         if all(window.inputs < length for window in windows):
             warnings.warn(
-                f"Length {length} exceeds the held-out text of {sum(window.scored for window in windows)} predicted "
-                "tokens; no window is that long.",
+                f"Length {length} exceeds the held-out text of {min(predicted, protocol.tokens or predicted)} "
+                "predicted tokens; no window is that long.",
                 stacklevel=3,
             )
         return windows

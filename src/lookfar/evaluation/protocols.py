@@ -33,6 +33,7 @@ class Protocol:
     name: str  # as in the rows
     tokens: int | None  # most tokens scored
     cut: Callable[[int, int, Sequence[int]], list[Window]]  # predicted tokens, length, documents' starts -> windows
+    whole: bool = False  # whether all predicted tokens are scored, each once
     bos: bool = False  # whether every window reads the token that begins a text before its own tokens
 
     def windows(self, predicted: int, length: int, starts: Sequence[int] = (0,)) -> list[Window]:
@@ -43,10 +44,12 @@ class Protocol:
             length: how many tokens a window reads, where there are so many.
             starts: where documents begin in the stream, ascending; they matter to `last(of="documents")` alone.
         """
+        if self.tokens is None:
+            return self.cut(predicted, length, starts)
+        if self.whole:  # what is not scored need not be cut
+            return self.cut(min(predicted, self.tokens), length, starts)
         windows = self.cut(predicted, length, starts)
-        if self.tokens is None or (total := sum(window.scored for window in windows)) <= self.tokens:
-            return windows
-        return self.cut(self.tokens, length, starts) if total == predicted else _first(windows, self.tokens)
+        return windows if sum(window.scored for window in windows) <= self.tokens else _first(windows, self.tokens)
 
 
 def non_overlapping(predicted: int, length: int, starts: Sequence[int]) -> list[Window]:
@@ -139,7 +142,13 @@ def find(expression: str) -> Protocol:
     checked = plugins.check(cut, plugins.Term(terms[0].name, settings))
     named: dict[str, Any] = {**settings, "bos": True} if bos else settings
     name = str(plugins.Term(terms[0].name, named))
-    return Protocol(name, tokens, lambda predicted, length, starts: cut(predicted, length, starts, **checked), bos)
+    return Protocol(
+        name,
+        tokens,
+        lambda predicted, length, starts: cut(predicted, length, starts, **checked),
+        whole=cut is not last,
+        bos=bos,
+    )
 
 
 def _first(windows: list[Window], tokens: int) -> list[Window]:

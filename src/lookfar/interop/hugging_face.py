@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def evaluate(
     for expression in wanted:
         protocol = protocols.find(expression)
         if protocol.tokens is None:
-            protocol = protocols.Protocol(protocol.name, tokens, protocol.cut, protocol.bos)
+            protocol = replace(protocol, tokens=tokens)
         for length in lengths:
             measured = Perplexity(by_position=by_position).measure(
                 model, text, length=length, protocol=protocol, progress=progress

@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
     def _projected(self, x: Float[Tensor, "b t d"], asking: int, step: int | None) -> tuple[Tensor, ...]:
         """The queries of the last tokens, and the keys and values of all; what lines share is projected once."""
-        if asking == x.shape[1] and step is not None and len(x) > 1:
+        if step is not None and asking == x.shape[1] >= step and len(x) > 1:
             text = torch.cat([x[0], x[1:, -step:].flatten(0, 1)])
             lines = self.project(text).unfold(0, x.shape[1], step).mT  # b p t -> b t p
             return lines.split(self.sizes, dim=-1)

@@ -80,6 +80,8 @@ class Decoder(nn.Module):
         """
         if last is not None and (sight is not None or cache is not None or not 1 <= last <= tokens.shape[1]):
             raise UserError(f"last={last} asks for the last of {tokens.shape[1]} tokens, without a sight or cache.")
+        if step is not None and (last is None or step < 1):
+            raise UserError(f"step={step} says how far each line is moved on, 1 or more, where the last are asked for.")
         if sight is not None:
             if positions is not None or documents is not None:
                 raise UserError("A sight has its own positions and documents; give either it or them.")

@@ -103,7 +103,9 @@ def _with_seeds(study: Study, point: _Point) -> Iterator[Planned]:
         content = trial.model_dump()
         content["training"] |= training
         measured = trial.model.context if trial.task.name is None else problems_of(trial.task).longest_trained
-        content["evaluation"] |= {"lengths": [measured], "split": "valid", "protocols": ["non_overlapping"]}
+        content["evaluation"] |= {"lengths": [measured]}
+        if trial.task.name is None:
+            content["evaluation"] |= {"split": "valid", "protocols": ["non_overlapping"]}
         name = f"{point.base}-rate={_plain(f'{rate:g}')}-trial"
         candidates.append(Planned(name, _checked(name, content), _notes(point.label, candidate=rate)))
     yield from candidates

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from statistics import fmean, stdev
 from typing import Any
 
+from lookfar.errors import UserError
 from lookfar.study.page import definitions, figure, resource, vega_lite
-from lookfar.study.records import Record, Row
+from lookfar.study.records import INDIFFERENT, Record, Row
 from lookfar.study.statistics import area, longest
 from lookfar.study.table import Column, table
 
@@ -35,9 +37,13 @@ def lessons(records: Sequence[Record]) -> Lessons:
     rows = [{**row, "scheme": name} for record, name in zip(records, names, strict=True) for row in record.answers]
     last = [row for row in rows if row.get("checkpoint") != "best"]
     looks = figures.looks({name: record.scheme for name, record in zip(names, records, strict=True)})
+    unranked = ""
     drawn: dict[str, Any] = {"accuracy": length_figures.accuracy(last, looks)}
     if len(looks) > 1 and any(row["split"] == "longer" for row in last):
-        drawn["ranking"] = length_figures.ranking(last, looks)
+        try:
+            drawn["ranking"] = length_figures.ranking(last, looks)
+        except UserError as error:  # the rest of the page does not need it
+            unranked = str(error)
     if len({row.get("scratchpad") for row in last}) > 1:
         drawn["scratchpads"] = length_figures.scratchpads(last, looks)
     words, blocks, files = json.loads(resource("words.json")), [], {}
@@ -47,6 +53,8 @@ def lessons(records: Sequence[Record]) -> Lessons:
         blocks.append(figure(length_figures.panels(chart), words[name], name))
         if name == "accuracy":
             blocks.append(table(_columns(rows), looks, words["answers"]))
+    if unranked:
+        blocks.append(f"<p>Not ranked: {escape(unranked)}</p>")
     return Lessons(["<section>\n" + "\n".join([_facts(records), *blocks]) + "\n</section>"], looks, files)
 
 
@@ -79,18 +87,34 @@ def _facts(records: Sequence[Record]) -> str:
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """A curve for each scheme; the label of its study too where runs of a scheme on one task are more than seeds."""
-    seen: dict[tuple[Any, ...], set[str]] = {}
+    """A curve for each scheme; where more than seeds tell its runs on one task apart, also by what does."""
+    names = [record.scheme for record in records]
+    for finer in (_settings(records), [r.source.resolve().name for r in records], [r.name for r in records]):
+        seen: dict[tuple[Any, ...], set[int]] = {}
+        for place, record in enumerate(records):
+            for row in record.answers:
+                keys = ("data", "scratchpad", "length", "seed", "checkpoint", "protocol")
+                seen.setdefault((names[place], *(row.get(key) for key in keys)), set()).add(place)
+        mixed = {names[place] for places in seen.values() if len(places) > 1 for place in places}
+        names = [
+            f"{name} · {more}" if name in mixed and more else name for name, more in zip(names, finer, strict=True)
+        ]
+    return names
+
+
+def _settings(records: Sequence[Record]) -> list[str]:
+    """What tells the runs of a scheme apart besides seed and task: `width=64, rate=0.001`."""
+    told = []
     for record in records:
-        for row in record.answers:
-            seen.setdefault(_place(record, row), set()).add(record.name)
-    mixed = {record.scheme for record in records for row in record.answers if len(seen[_place(record, row)]) > 1}
-    return [record.label if record.scheme in mixed else record.scheme for record in records]
-
-
-def _place(record: Record, row: Row) -> tuple[Any, ...]:
-    keys = ("data", "scratchpad", "length", "seed", "checkpoint", "protocol")
-    return (record.scheme, *(row.get(key) for key in keys))
+        alike = [other for other in records if other.scheme == record.scheme]
+        keys = [(section, key) for section in ("model", "training") for key in record.settings.get(section, {})]
+        varied = [
+            f"{key}={record.setting(section, key)}"
+            for section, key in keys
+            if f"{section}.{key}" not in INDIFFERENT and len({str(other.setting(section, key)) for other in alike}) > 1
+        ]
+        told.append(", ".join(varied))
+    return told
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:

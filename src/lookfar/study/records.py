@@ -10,6 +10,7 @@ from typing import Any
 from lookfar import files
 from lookfar.config import read_toml
 from lookfar.errors import UserError
+from lookfar.training.folder import FREE
 
 Row = Mapping[str, Any]
 Group = tuple[str, int, str]  # data, trained length and unit: only what shares them can be compared
@@ -17,10 +18,7 @@ Group = tuple[str, int, str]  # data, trained length and unit: only what shares 
 FILES = ("run.toml", "rows.jsonl", "error.txt")  # one of them makes a folder a run
 METRICS = ("perplexity", "accuracy", "parameters", "tokens_per_second", "training_seconds")
 KEYS = {"scheme": str, "seed": int, "data": str, "protocol": str, "length": int, "count": int, "context": int}
-INDIFFERENT = {  # settings that leave the numbers of a run what they are
-    *("training.seed", "training.checkpoint_every", "training.keep", "training.evaluate_every"),
-    *("model.device", "data.cache"),
-}
+INDIFFERENT = {"training.seed", *FREE}  # settings that leave the numbers of a run what they are
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Record:
     def answers(self) -> list[Row]:
         """The rows of exact answers to problems, each with its `split`: held_out, longer or between."""
         return [
-            {**row, "split": "longer" if row["length"] > row["trained"] else row["split"]}
+            {**row, "split": "longer" if row["length"] > row["trained"] else row["split"]}  # older rows say less
             for row in self.rows
             if row["metric"] == "accuracy"
         ]
@@ -198,6 +196,8 @@ def _read_rows(path: Path) -> list[Row]:
         if line.get("metric") in METRICS:
             row = _checked(line, f"{path}, line {number}")
             about = ("run", "metric", "unit", "update", "checkpoint", "scratchpad", *KEYS)
+            if row.get("numbering"):
+                row = {**row, "protocol": f"{row['protocol']}, {row['numbering']}"}
             key = tuple(row.get(name) for name in about if name != "count")
             kept[key] = max(row, kept.get(key, row), key=lambda row: row["count"])
     return list(kept.values())

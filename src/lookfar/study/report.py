@@ -91,7 +91,7 @@ def _head(title: str, every: Sequence[Record], parts: Sequence[Part]) -> str:
         lead += f": {factor:.3g} times as far." if factor > 1 else "."
     if answers := [row for record in records for row in record.answers]:
         times = max(row["length"] / row["trained"] for row in answers)
-        lead += (
+        lead = lead.removesuffix(".") + (
             f", {_counted(len(_values(answers, 'data')), 'task')}, answered up to {times:.3g} times the trained length."
         )
     known = _words()["protocols"]

@@ -15,6 +15,8 @@ from lookfar.training.measure import about
 from lookfar.training.run import run_whole
 from lookfar.training.train import Diverged, Interrupted
 
+NOTES = ("label", "spent", "candidate", "chosen_rate")  # what a study adds to rows
+
 
 @dataclass(frozen=True)
 class Job:
@@ -62,6 +64,8 @@ def do(job: Job, watch: Watch) -> str | None:
     Raises:
         Interrupted: as `train`.
     """
+    if "candidate" in job.notes and _has_diverged(job):
+        return None
     try:
         try:
             run_whole(job.run, job.folder, watch)
@@ -87,11 +91,18 @@ def _note(job: Job) -> None:
     spent = job.notes.get("spent") or {}
     notes = {key: value for key, value in job.notes.items() if key != "spent"}
     rows = files.read_lines(job.folder / run_folder.ROWS)
+    rows_of_measuring = [{key: value for key, value in row.items() if key not in NOTES} for row in rows]
     noted = [
-        {**row, **notes, **({"spent": spent[row["update"]]} if row.get("update") in spent else {})} for row in rows
+        {**row, **notes, **({"spent": spent[row["update"]]} if row.get("update") in spent else {})}
+        for row in rows_of_measuring
     ]
     if noted != rows:
         files.write_lines(job.folder / run_folder.ROWS, noted)
+
+
+def _has_diverged(job: Job) -> bool:
+    rows = files.read_lines(job.folder / run_folder.ROWS)
+    return any(row["metric"] == "perplexity" and row["value"] is None for row in rows)
 
 
 def _diverged(job: Job) -> dict[str, Any]:

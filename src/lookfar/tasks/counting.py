@@ -24,7 +24,7 @@ class Counting(Task):
         if modulo < 2:
             raise UserError(f"counting(modulo={modulo}) has one answer only; take at least 2.")
         self.modulo = modulo
-        self.chance = 1 / modulo
+        self.chance = 1 / min(modulo, min(self.tested) + 1)
 
     @property
     def symbols(self) -> Sequence[str]:

@@ -32,8 +32,11 @@ def encode(
     scratchpad: Scratchpad | None = None,
     bos: bool = True,
     context: int | None = None,
+    checked: bool = True,
 ) -> Encoded:
     """The tokens of an example. The space before the target belongs to the target, as to every other symbol.
+
+    What is not `checked` is only encoded: whether its answer survives is left to those of its kind that are.
 
     Raises:
         UserError: a symbol is unknown, the answer does not survive (what is decoded must score 1), or the tokens, with
@@ -48,12 +51,15 @@ def encode(
     tokens = np.concatenate([np.full(int(bos), BOS), prompt, solution, [EOS]])
     if context is not None and len(tokens) > context:
         raise UserError(f"An example has {len(tokens)} tokens, more than the context ({context}); it is never cut off.")
+    written = np.arange(len(tokens)) >= int(bos) + len(prompt)
+    if not checked:
+        return Encoded(tokens, written)
     decoded = vocabulary.decode(solution)
     if vocabulary.decode(tokens) != asked + told or not correct(task, example, decoded, scratchpad):
         raise UserError(f"The answer {example.answer!r} is not found again in {decoded!r}; the example is refused.")
     if scratchpad is not None and scratchpad.score(example, decoded)["steps"] < 1:
         raise UserError(f"The steps of {example.input!r} are not found again in {decoded!r}; the example is refused.")
-    return Encoded(tokens, np.arange(len(tokens)) >= int(bos) + len(prompt))
+    return Encoded(tokens, written)
 
 
 def correct(task: Task, example: Example, written: str, scratchpad: Scratchpad | None = None) -> bool:

@@ -9,8 +9,8 @@ from random import Random
 
 from lookfar.errors import UserError, nearest
 from lookfar.tasks.base import Example, Task
+from lookfar.tasks.wording import SEPARATOR
 
-SEPARATOR = "[SEP] "
 COMMA = ","
 SYMBOLS = tuple(f"{letter}{number}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for number in range(1, 21))
 _KNOWN = frozenset(SYMBOLS)
@@ -88,8 +88,8 @@ class Pcfg(Task):
         )
 
     def answer(self, target: str) -> str | None:
-        """What was written, after the separator where it was repeated; None where that is nothing."""
-        return target.rpartition(SEPARATOR)[2].strip() or None
+        """What was written; None where that is nothing."""
+        return target.strip() or None
 
 
 def evaluate(expression: str) -> str:

@@ -13,12 +13,13 @@ class Polynomial(Task):
     """Evaluates a polynomial, modulo 10; the length is the number of terms.
 
     Split `n_terms_tr8_ts16` of Kazemnejad et al., 2023, arXiv 2305.19466: coefficients -3 to 3, degrees 0 to 3, x from
-    -2 to 2, and 0 ** 0 is 1. Every digit is as likely only where x is neither 0 nor 1.
+    -2 to 2, and 0 ** 0 is 1. Answers are not evenly spread: the best constant
+    guess is right in 0.12 of problems of 9 terms, in 0.104 of 16, in 0.271 of one.
     """
 
     trained = range(1, 9)
     tested = range(9, 17)
-    chance = 0.1
+    chance = 0.12
 
     @property
     def symbols(self) -> Sequence[str]:

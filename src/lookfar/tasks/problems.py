@@ -8,7 +8,7 @@ from lookfar.errors import UserError
 from lookfar.tasks.base import Example, Task
 from lookfar.tasks.encoding import Encoded, correct, encode, vocabulary_of
 from lookfar.tasks.scratchpad import Scratchpad
-from lookfar.tasks.sets import Split
+from lookfar.tasks.sets import PATIENCE, Split
 
 SAMPLE = 256  # problems of a length that are looked at for its longest
 
@@ -61,19 +61,30 @@ class Problems:
     def trained(self, seed: int, index: int, *, context: int | None = None) -> Encoded:
         """The tokens of problem number `index` of the endless training of a seed.
 
+        A problem of more than `context` inputs is not cut off but drawn anew; at the door a run is refused where one in
+        a few hundred is so long. What is measured is never drawn anew.
+
         Raises:
-            UserError: it is longer than `context` inputs; nothing is cut off.
+            UserError: none is short enough.
         """
-        return self._encode(self.split.trained(seed, index), context)
+        for draw in range(PATIENCE):
+            found = self._encode(self.split.trained(seed, index, draw), checked=False)
+            if context is None or len(found.tokens) <= context + 1:  # the last token is no input
+                return found
+        raise UserError(f"No problem of {self.label} fits into {context} tokens; set model.context higher.")
 
     def measured(self, length: int, count: int) -> list[Problem]:
         """Up to `count` problems of a length that are never trained on."""
-        return [Problem(each, self._encode(each, None)) for each in self.split.measured(length, count)]
+        return [Problem(each, self._encode(each)) for each in self.split.measured(length, count)]
 
     def tokens(self, length: int) -> int:
         """The most tokens that a problem of this length has among a few."""
         if length not in self._tokens:
-            some = self.measured(length, SAMPLE) or [_none(length, self.label)]
+            some = self.measured(length, SAMPLE)
+            if not some:
+                raise UserError(
+                    f"{self.label} has no problem of length {length} that is not trained on; leave the length out."
+                )
             self._tokens[length] = max(len(each.encoded.tokens) for each in some)
         return self._tokens[length]
 
@@ -81,10 +92,5 @@ class Problems:
         """Whether what was written has the right answer."""
         return correct(self.task, problem.example, written, self.scratchpad)
 
-    def _encode(self, example: Example, context: int | None) -> Encoded:
-        limit = None if context is None else context + 1  # the last token is no input
-        return encode(self.task, example, self.vocabulary, scratchpad=self.scratchpad, bos=self.bos, context=limit)
-
-
-def _none(length: int, label: str) -> Problem:
-    raise UserError(f"{label} has no problem of length {length} that is not trained on; leave the length out.")
+    def _encode(self, example: Example, *, checked: bool = True) -> Encoded:
+        return encode(self.task, example, self.vocabulary, scratchpad=self.scratchpad, bos=self.bos, checked=checked)

@@ -10,6 +10,7 @@ from random import Random
 
 from lookfar.errors import UserError, nearest
 from lookfar.tasks.base import Example, Task
+from lookfar.tasks.wording import SEPARATOR
 
 VERBS = {"walk": ["I_WALK"], "look": ["I_LOOK"], "run": ["I_RUN"], "jump": ["I_JUMP"], "turn": []}
 TURNS = {"left": ["I_TURN_LEFT"], "right": ["I_TURN_RIGHT"]}
@@ -23,7 +24,6 @@ SHORT = {
     "I_TURN_RIGHT": "Right",
 }
 WORDS = (*VERBS, *TURNS, "opposite", "around", "twice", "thrice", "and", "after")
-SEPARATOR = "[SEP] "
 
 
 class Scan(Task):
@@ -71,12 +71,12 @@ class Scan(Task):
         return Example(f"{self.prefix}{command}{SEPARATOR}", target, answer=target)
 
     def answer(self, target: str) -> str | None:
-        """What was written, after the separator where it was repeated; None where that is nothing."""
-        return target.rpartition(SEPARATOR)[2].strip() or None
+        """What was written; None where that is nothing."""
+        return target.strip() or None
 
-    def all(self) -> Iterator[tuple[str, list[str]]]:
+    def all(self) -> Iterator[tuple[str, str]]:
         """Every command with its actions under SCAN's own names, 20,910 in a fixed order."""
-        return ((command, interpret(command)) for command in _commands())
+        return ((command, " ".join(interpret(command))) for command in _commands())
 
 
 def interpret(command: str) -> list[str]:

@@ -34,13 +34,15 @@ class Split:
         self.lengths = tuple(_existing(task, task.trained) if lengths is None else lengths)
         self.held_out = held_out
 
-    def trained(self, seed: int, index: int) -> Example:
+    def trained(self, seed: int, index: int, draw: int = 0) -> Example:
         """Example number `index` of the training stream of a seed, which has no end and needs no state.
+
+        Another `draw` is another example in its place.
 
         Raises:
             UserError: no problem of the drawn length was found that is not held out.
         """
-        random = Random(f"trained:{seed}:{index}")
+        random = Random(f"trained:{seed}:{index}" + f":{draw}" * bool(draw))
         length = random.choice(self.lengths)
         for _ in range(PATIENCE):
             if not self.holds_out(example := self.task.example(length, random)):

@@ -125,6 +125,14 @@ def drop_after(folder: Path, update: int | None) -> None:
             shutil.rmtree(folder / "checkpoints" / str(later), ignore_errors=True)
 
 
+def forget_lost_best(folder: Path) -> None:
+    """Take the best out of the manifest where its checkpoint is gone: another will be found."""
+    manifest = read_manifest(folder)
+    if "best" in manifest and manifest["best"] not in updates(folder):
+        kept = {key: value for key, value in manifest.items() if key not in ("best", "best_loss")}
+        files.write(folder / run_folder.MANIFEST, _spell(kept))
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed saves have left half-written."""
     files.sweep(folder)

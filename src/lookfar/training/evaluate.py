@@ -55,20 +55,21 @@ def evaluate_run(
     foreign = any("." in term.name for term in plugins.parse(run.data.source))
     if foreign and data is None and not trust:
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
-    if run.task.name is not None and (wanted or data or tokens or scheme):
+    if run.task.name is not None and (wanted or data or tokens or by_position or scheme):
         raise UserError(f"{folder} was trained on a task; only the lengths at which it is measured can be chosen.")
-    decoder = checkpoint.load(folder, scheme=scheme, trust=trust)
     check(run)
     with run_folder.claim(folder):
+        update = checkpoint.find(folder, "last")
+        decoder = checkpoint.load(folder, which=update, scheme=scheme, trust=trust)
         if run.task.name is not None:
-            return measure_problems(decoder, run, folder, progress=progress)
+            return measure_problems(decoder, run, folder, update=update, progress=progress)
         text = held_out(folder, run.data, run.evaluation.split) if data is None else from_file(folder, data)
         return measure(
             lambda: decoder,
             text,
             run,
             folder,
-            update=checkpoint.newest(folder) or 0,
+            update=update,
             lengths=run.lengths,
             wanted=run.evaluation.protocols,
             progress=progress,

@@ -5,7 +5,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from lookfar import files
-from lookfar.data.tokenizers import load_tokenizer
 from lookfar.errors import UserError
 from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
@@ -28,7 +27,7 @@ def export(folder: Path, to: Path, *, which: str | int = "last", overwrite: bool
         raise UserError(f"{there[0]} exists already; name another place, or add --overwrite.")
     weights.parent.mkdir(parents=True, exist_ok=True)
     if not alone:
-        load_tokenizer(folder).save(to)
+        files.write(to / "tokenizer.json", (folder / "tokenizer.json").read_bytes())
         files.write(recipe, (folder / run_folder.RECIPE).read_bytes())
     with files.replacing(weights) as aside:
         save_file(checkpoint.read_weights(place), aside, metadata={"format": "pt"})

@@ -37,13 +37,12 @@ def measure(
     lengths: Sequence[int],
     wanted: Sequence[str],
     progress: Progress,
-    again: bool = False,
 ) -> list[Row]:
     """Perplexity at every length in every protocol of the model after an update.
 
     Rows that the folder has already are not measured again; the model is asked for only where some are missing.
     """
-    known = [] if again else files.read_lines(folder / run_folder.ROWS)
+    known = files.read_lines(folder / run_folder.ROWS)
     rows: list[Row] = []
     for expression in wanted:
         protocol = protocols.find(expression)
@@ -77,29 +76,23 @@ def measure(
     return rows
 
 
-def measure_problems(
-    model: Decoder, run: Run, folder: Path, *, progress: Progress, lengths: Sequence[int] | None = None
-) -> list[Row]:
-    """Exact answers at every length, and the held-out loss, by the last checkpoint and, where one is known, the best.
+def measure_problems(model: Decoder, run: Run, folder: Path, *, update: int, progress: Progress) -> list[Row]:
+    """Exact answers at every length, and the held-out loss, of the model after an update and of the best known one.
 
     Rows that the folder has already are not measured again.
     """
     problems = problems_of(run.task)
     known = files.read_lines(folder / run_folder.ROWS)
-    manifest = checkpoint.read_manifest(folder)
-    models = {"last": model}
-    if "best" in manifest:
-        models["best"] = (
-            model
-            if manifest["best"] == manifest.get("last")
-            else checkpoint.load(folder, which=manifest["best"], trust=True)
-        )
+    best = checkpoint.read_manifest(folder).get("best")
+    models = {"last": (update, model)}
+    if best is not None:
+        models["best"] = (best, model if best == update else checkpoint.load(folder, which=best, trust=True))
     rows: list[Row] = []
     fresh: dict[tuple[int, int], list[Row]] = {}  # the last may be the best
-    for which, each in models.items():
-        said = {**about(run, folder), "checkpoint": which, "update": manifest.get(which)}
+    for which, (done, each) in models.items():
+        said = {**about(run, folder), "checkpoint": which, "update": done}
         rows += _held_out(each, problems, run, folder, said, known)
-        for length in lengths or lengths_of(run, problems):
+        for length in lengths_of(run, problems):
             same = {**said, "data": problems.name, "protocol": "greedy", "length": length}
             found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
             if not found:

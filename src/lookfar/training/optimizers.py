@@ -71,11 +71,16 @@ def build(model: nn.Module, config: TrainingConfig) -> Optimizer:
 
 
 def go_on(optimizer: Optimizer, state: dict[str, Any] | StoredOptimizer) -> None:
-    """Take up a state, whole or stored in shards."""
+    """Take up a state, whole or stored in shards; settings stay those of the recipe."""
     if isinstance(state, StoredOptimizer):
         groups = (optimizer.plain if isinstance(optimizer, ShardedAdamW) else optimizer).param_groups
         state = state.read([each for group in groups for each in group["params"]])
+    groups = [*optimizer.param_groups, *(optimizer.plain.param_groups if isinstance(optimizer, ShardedAdamW) else [])]
+    own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     optimizer.load_state_dict(state)
+    groups = [*optimizer.param_groups, *(optimizer.plain.param_groups if isinstance(optimizer, ShardedAdamW) else [])]
+    for group, settings in zip(groups, own, strict=True):
+        group.update(settings)
 
 
 def _adamw(model: nn.Module, parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

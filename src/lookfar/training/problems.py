@@ -7,9 +7,11 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from jaxtyping import Bool, Int64, Integer
+import torch
+from jaxtyping import Bool, Float, Int64, Integer, Num
+from torch import Tensor
 
-from lookfar.config import Run, TaskConfig
+from lookfar.config import EvaluationConfig, Run, TaskConfig
 from lookfar.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from lookfar.errors import UserError
 from lookfar.tasks.encoding import Encoded
@@ -17,6 +19,7 @@ from lookfar.tasks.problems import Problems
 from lookfar.tasks.sets import buckets
 from lookfar.tasks.symbols import EOS, PADDING, Vocabulary
 from lookfar.training import folder as run_folder
+from lookfar.training import schedules
 
 
 class SymbolTokenizer(Tokenizer):
@@ -97,11 +100,20 @@ def check(run: Run) -> None:
     problems = problems_of(run.task)
     if run.model.slots is not None:
         raise UserError("A task is written token by token; leave model.slots out.")
+    unused = [
+        key
+        for key in ("protocols", "tokens", "split", "by_position")
+        if getattr(run.evaluation, key) != getattr(EvaluationConfig(), key)
+    ]
+    if unused:
+        raise UserError(f"evaluation.{unused[0]} is of texts; a task is measured by its answers. Leave it out.")
+    if len(schedules.ends(run.training)) > 1:
+        raise UserError("A task is measured at the end of a run alone; give the schedule one budget.")
     if run.evaluation.numbering != "consecutive":
         raise UserError("Answers are written token by token, numbered as they come; leave evaluation.numbering out.")
     for length in lengths(run, problems):
         problems.task.example(length, Random(0))  # refuses a length that there is not
-    longest = problems.tokens(problems.longest_trained)
+    longest = max(problems.tokens(length) for length in _some(problems))
     if longest - 1 > run.model.context:
         raise UserError(
             f"{problems.label} of length {problems.longest_trained} has problems of {longest} tokens; "
@@ -109,11 +121,37 @@ def check(run: Run) -> None:
         )
 
 
+def _some(problems: Problems) -> list[int]:
+    """The longest trained lengths that have problems to look at."""
+    lengths = sorted(set(problems.split.lengths))[-3:]
+    return [length for length in lengths if problems.measured(length, 1)] or lengths
+
+
 def lengths(run: Run, problems: Problems) -> list[int]:
     """The lengths that a run is measured at, in order: by default all that its task trains and tests."""
     if run.evaluation.lengths is not None:
         return sorted(set(run.evaluation.lengths))
     return buckets(problems.task, times=1)
+
+
+def numbered(
+    numbers: Num[Tensor, "#b c"], chances: Float[Tensor, "b c"], scored: Bool[Tensor, "b l"]
+) -> Num[Tensor, "b t"]:
+    """As many of the numbers of each line as its problem has inputs, any of them, in their order.
+
+    The first of them alone would leave out the largest, which a short problem then never met.
+    """
+    numbers, inputs = numbers.expand(len(scored), -1), scored.shape[1] - 1
+    place = torch.arange(scored.shape[1], device=scored.device)
+    own = (scored * place).amax(1, keepdim=True)  # the last token is no input
+    if (
+        len(numbers.unique(dim=0)) == 1
+        and not numbers.is_floating_point()
+        and numbers.shape[1] == int(numbers.max()) + 1
+    ):
+        return numbers[:, :inputs]  # 0, 1, 2, …
+    order = chances.argsort(dim=1)[:, :inputs].masked_fill(place[:-1] >= own, numbers.shape[1])  # padding comes last
+    return numbers.gather(1, order.sort(dim=1).values.clamp(max=numbers.shape[1] - 1))
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -37,15 +37,17 @@ class Processes:
         return self.rank == 0
 
     def only_first(self, do: Callable[[], T]) -> T:
-        """What the first process gets from `do`; the others wait for it, and a UserError of it is one of all."""
+        """What the first process gets from `do`; the others wait, and its error is a UserError of theirs."""
         if self.count == 1:
             return do()
         told: list[object] = [None, None]
         if self.first:
             try:
                 told = [do(), None]
-            except UserError as error:
-                distributed.broadcast_object_list([None, str(error)], device=torch.device("cpu"))
+            except Exception as error:  # whatever it is: the others wait
+                distributed.broadcast_object_list(
+                    [None, str(error) or type(error).__name__], device=torch.device("cpu")
+                )
                 raise
         distributed.broadcast_object_list(told, device=torch.device("cpu"))
         if told[1] is not None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from lookfar import files
 from lookfar.config import Run
 from lookfar.data.corpus import open_corpus
-from lookfar.evaluation.base import Row
+from lookfar.evaluation.base import Progress, Row
+from lookfar.model.decoder import Decoder
 from lookfar.training import folder as run_folder
 from lookfar.training.checkpoint import load
 from lookfar.training.log import Watch
@@ -30,9 +31,15 @@ def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, prof
     def progress(what: str, part: float) -> None:
         watch({"event": "evaluation", "what": what, "part": part})
 
-    if run.task.name is not None:
-        measure_problems(model, run, folder, progress=progress)
+    with run_folder.claim(folder):
+        _measure(run, folder, model, progress)
         return files.read_lines(folder / run_folder.ROWS)
+
+
+def _measure(run: Run, folder: Path, model: Decoder, progress: Progress) -> None:
+    if run.task.name is not None:
+        measure_problems(model, run, folder, update=run.training.updates, progress=progress)
+        return
     text = text_of(open_corpus(run.data), run.evaluation.split)
     *budgets, end = ends(run.training)
     for update in (*budgets, end):  # a run of several budgets is several models
@@ -46,4 +53,3 @@ def run_whole(run: Run, folder: Path, watch: Watch = lambda event: None, *, prof
             wanted=run.evaluation.protocols,
             progress=progress,
         )
-    return files.read_lines(folder / run_folder.ROWS)

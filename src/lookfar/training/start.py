@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lookfar.config import Run
+from lookfar.config import Run, TaskConfig
 from lookfar.errors import UserError
 from lookfar.model.decoder import Decoder
 from lookfar.training import checkpoint, schedules
@@ -54,11 +54,25 @@ def refuse_branch(before: Run, run: Run, source: Path, update: int, *, same_text
         raise UserError(f"A branch of {source} has its model: leave [model] as it is there, or start by --weights.")
     if not same_text:
         raise UserError(f"A branch of {source} goes on in its text; to train on another, start by --weights.")
+    if _without_examples(before.task) != _without_examples(run.task):
+        raise UserError(f"A branch of {source} goes on with its task: leave [task] as it is, or start by --weights.")
+    if before.training.optimizer != run.training.optimizer and not run.training.reset_optimizer:
+        raise UserError(
+            f"The state of {before.training.optimizer!r} in {source} is nothing to {run.training.optimizer!r}; "
+            "forget it by training.reset_optimizer=true (--reset-optimizer)."
+        )
+    if early := [each for each in schedules.budgets(run.training.schedule) if each <= update]:
+        told = ", ".join(map(str, early))
+        raise UserError(f"Budgets of {told} updates lie before the branch at {source}@{update}; leave them out.")
     if run.training.updates <= update:
         raise UserError(f"{update} updates are done at {source}@{update}; set training.updates above that.")
     name = schedules.name_of(run.training.schedule)
     if name in TIED and (reason := schedules.refusal(before.training, run.training, update)):
         raise UserError(f"A branch cannot go on by {name!r}. {reason}")
+
+
+def _without_examples(task: TaskConfig) -> TaskConfig:
+    return task.model_copy(update={"examples": 1})
 
 
 def _take(named: str, model: Decoder, folder: Path) -> None:

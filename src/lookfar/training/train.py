@@ -32,7 +32,7 @@ from lookfar.training.measure import HELD_OUT, about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
-from lookfar.training.problems import Lesson, ProblemLines
+from lookfar.training.problems import Lesson, ProblemLines, numbered
 from lookfar.training.processes import Processes, joined
 from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
@@ -113,7 +113,7 @@ def _train(run: Run, folder: Path, watch: Watch, profile: bool, processes: Proce
                     "loss": loss,
                     "rate": optimizer.param_groups[0]["lr"],
                     "norm": norm,
-                    "tokens": done * config.batch * run.model.context,
+                    **_worked(done, run),
                     "seconds": round(seconds, 3),
                 }
                 log.write({key: _finite(value) for key, value in line.items()})
@@ -195,7 +195,8 @@ def _accumulate(
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
         documents, scored = (_on(device, each(first, size)) for each in (lines.documents, lines.scored))
         width = tokens.shape[1] - 1  # of problems, the longest of these
-        positions = None if positions is None else positions[:, :width]
+        if positions is not None and scored is not None:
+            positions = numbered(positions, chances[place : place + size].to(device), scored)
         if positions is not None and documents is not None:  # each begins with the first numbers of the line
             positions = positions.expand(size, -1).gather(1, consecutive(documents[:, :-1]))
         chance = chances[place : place + size, :width].to(device)
@@ -225,6 +226,7 @@ def _prepare(folder: Path, run: Run, corpus: Corpus | Lesson) -> int | None:
     checkpoint.sweep(folder)
     last = checkpoint.newest(folder)
     checkpoint.drop_after(folder, last)
+    checkpoint.forget_lost_best(folder)
     run_folder.trim_log(folder, last or 0)
     if last is not None:  # it may have been killed between a checkpoint and what follows one
         checkpoint.recall_best(folder, last)
@@ -256,6 +258,12 @@ def _go_on(state: dict[str, Any] | None, optimizer: Optimizer, pieces: Pieces) -
 def _finite(value: int | float) -> int | float | None:
     """The value for a log: JSON has no other numbers."""
     return value if math.isfinite(value) else None
+
+
+def _worked(updates: int, run: Run) -> dict[str, int]:
+    """How much was read in so many updates: tokens of a text; problems, whose tokens differ."""
+    lines = updates * run.training.batch
+    return {"tokens": lines * run.model.context} if run.task.name is None else {"problems": lines}
 
 
 def _finish(folder: Path, run: Run, corpus: Corpus | Lesson, model: Decoder, seconds: float) -> None:
@@ -318,11 +326,11 @@ def _training_rows(
     run: Run, folder: Path, corpus: Corpus | Lesson, model: Decoder, seconds: float
 ) -> list[dict[str, Any]]:
     logged = [line["update"] for line in files.read_lines(folder / run_folder.LOG) if "norm" in line]
-    tokens = len(logged) * run.training.batch * run.model.context  # a branch has not done what its trunk did
+    ((unit, amount),) = _worked(len(logged), run).items()  # a branch has not done what its trunk did
     values = {
         "parameters": count_parameters(model),
         "training_seconds": seconds,
-        "tokens_per_second": tokens / max(seconds, 1e-9),
+        f"{unit}_per_second": amount / max(seconds, 1e-9),
     }
     row = {**about(run, folder), "data": corpus.label, "protocol": "training", "length": run.model.context}
     return [{**row, "metric": key, "value": value, "count": run.training.updates} for key, value in values.items()]
