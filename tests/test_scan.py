@@ -18,7 +18,7 @@ TESTED = {26: 512, 27: 448, 28: 448, 30: 576, 32: 448, 33: 256, 36: 64, 40: 256,
 
 @pytest.fixture(scope="module")
 def pairs():
-    return list(Scan().all())
+    return [(command, actions.split()) for command, actions in Scan().all()]
 
 
 def test_there_are_20_910_different_commands(pairs):

@@ -465,7 +465,7 @@ def test_the_command_prints_json(name, monkeypatch, capsys):
         (["parity", "--scratchpad", "ix"], "'ix' is no format of a scratchpad"),
         (["parity", "--length", "0"], "no problem of length 0"),
         (["parity", "--all"], "has no end"),
-        (["parity", "--all", "--length", "3"], "leave --length and --scratchpad out"),
+        (["parity", "--all", "--length", "3"], "leave settings and other options out"),
         (["--all"], "Which task?"),
         (["--length", "3"], "Which task?"),
     ],
@@ -481,7 +481,7 @@ def test_all_problems_of_a_task_that_ends_are_lines_of_json(monkeypatch, capsys,
         "from lookfar.tasks.parity import Parity as Base\n"
         "class OneOfTwo(Base):\n"
         "    def all(self):\n"
-        "        return iter([('0', 'even'), ('turn left', ['I_TURN', 'I_LEFT'])])\n"
+        "        return iter([('0', 'even'), ('turn left', 'I_TURN I_LEFT')])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "mine", type(sys)("mine"))

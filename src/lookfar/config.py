@@ -20,6 +20,20 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+FREE = (  # what may change when a run goes on
+    "evaluation",
+    "data.cache",
+    "model.device",
+    "training.checkpoint_every",
+    "training.keep",
+    "training.evaluate_every",
+    "training.tracking",
+    "training.on_out_of_memory",
+    "training.skip_not_finite",
+    "training.parallel",
+    "training.checkpoint_activations",
+)
+
 _building: ContextVar[bool] = ContextVar("building", default=False)
 
 

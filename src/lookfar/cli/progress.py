@@ -99,9 +99,10 @@ class _Clock:
             return place
         seconds = event["seconds"] - self.first["seconds"]
         updates = event["update"] - self.first["update"]
-        speed = (event["tokens"] - self.first["tokens"]) / max(seconds, 1e-9)
+        unit = "tokens" if "tokens" in event else "problems"
+        speed = (event[unit] - self.first[unit]) / max(seconds, 1e-9)
         left = (event["updates"] - event["update"]) * seconds / updates
-        return f"{place}  {speed:,.0f} tokens/s  {_spell(left)} left"
+        return f"{place}  {speed:,.0f} {unit}/s  {_spell(left)} left"
 
 
 def _part(event: dict[str, Any]) -> float:

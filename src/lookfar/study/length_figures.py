@@ -1,8 +1,8 @@
 """Draws a length study: accuracy against length, mean reciprocal ranks, what scratchpads do. Rows to altair charts.
 
 A row is a line of `rows.jsonl`: `scheme`, `seed`, `data`, `protocol`, `length`, `metric`, `value`, and of tasks `split`
-("held_out", "longer" or "other"), `trained` (the longest trained length) and `scratchpad` (its parts or None). The looks
-of schemes are those of the other figures. Rows of one figure share their protocol.
+("held_out", "longer" or "other"), `trained` (the longest trained length) and `scratchpad` (its parts or None). The
+looks of schemes are those of the other figures. Rows of one figure share their protocol.
 """
 
 import math

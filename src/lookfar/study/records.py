@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lookfar import files
-from lookfar.config import read_toml
+from lookfar.config import FREE, read_toml
 from lookfar.errors import UserError
-from lookfar.training.folder import FREE
 
 Row = Mapping[str, Any]
 Group = tuple[str, int, str]  # data, trained length and unit: only what shares them can be compared

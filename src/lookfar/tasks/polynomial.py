@@ -19,7 +19,7 @@ class Polynomial(Task):
 
     trained = range(1, 9)
     tested = range(9, 17)
-    chance = 0.12
+    chance = 0.11
 
     @property
     def symbols(self) -> Sequence[str]:

@@ -10,7 +10,7 @@ import torch
 
 import lookfar
 from lookfar import config, files
-from lookfar.config import Run, TrainingConfig
+from lookfar.config import FREE, Run, TrainingConfig
 from lookfar.errors import UserError
 from lookfar.training import schedules
 
@@ -20,20 +20,6 @@ except ImportError:  # not on Windows, where a folder is not held
     fcntl = None
 
 RECIPE, LOG, ROWS, MANIFEST = "run.toml", "log.jsonl", "rows.jsonl", "manifest.json"
-
-FREE = (  # what may change when a run goes on
-    "evaluation",
-    "data.cache",
-    "model.device",
-    "training.checkpoint_every",
-    "training.keep",
-    "training.evaluate_every",
-    "training.tracking",
-    "training.on_out_of_memory",
-    "training.skip_not_finite",
-    "training.parallel",
-    "training.checkpoint_activations",
-)
 
 
 @contextmanager
