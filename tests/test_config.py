@@ -16,6 +16,7 @@ from lookfar.config import (
     Run,
     Study,
     StudyConfig,
+    TaskConfig,
     TrainingConfig,
     Variant,
     build,
@@ -62,6 +63,9 @@ OTHER = Study(  # every field differs from its default
         vocabulary=400,
         cache="/cache",
     ),
+    task=TaskConfig(
+        name="addition(order=reversed)", lengths=(2, 3), scratchpad="co", bos=False, held_out=0.2, examples=7
+    ),
     training=TrainingConfig(
         updates=7,
         batch=6,
@@ -78,6 +82,7 @@ OTHER = Study(  # every field differs from its default
         betas=(0.8, 0.99),
         weight_decay=0.0,
         clip=None,
+        skip_not_finite=3,
         precision="float32",
         numbering="randomized(largest=64)",
         seed=2**62,

@@ -20,7 +20,8 @@ from lookfar.study.runner import run_study
 from lookfar.tasks.problems import Problems
 from lookfar.tasks.symbols import EOS, PADDING
 from lookfar.training import checkpoint, objectives
-from lookfar.training.problems import Lesson, ProblemLines, padded, tokenizer_of
+from lookfar.training.export import export
+from lookfar.training.problems import Lesson, ProblemLines, numbered, padded, tokenizer_of
 from lookfar.training.run import run_whole
 from lookfar.training.train import Interrupted, train
 from tolerance import assert_near
@@ -185,6 +186,49 @@ def test_slots_are_of_texts(a_run, tmp_path):
         train(a_run("model.slots=2", "training.objective=slots"), tmp_path / "run")
 
 
+def test_numbers_of_a_problem_are_a_part_of_those_of_its_line_in_their_order():
+    torch.manual_seed(0)
+    numbers, chances = torch.arange(500).reshape(5, 100) * 3, torch.rand(5, 100)
+    scored = torch.zeros(5, 12, dtype=torch.bool)
+    ends = [11, 5, 8, 3, 11]
+    for row, end in enumerate(ends):
+        scored[row, 2 : end + 1] = True
+    found = numbered(numbers, chances, scored)
+    assert found.shape == (5, 11)
+    for row, end in enumerate(ends):
+        own = found[row, :end]
+        assert (own[1:] > own[:-1]).all() and set(own.tolist()) <= set(numbers[row].tolist())
+    alone = numbered(numbers[1:2], chances[1:2], scored[1:2, :6])
+    assert torch.equal(alone[0], found[1, :5]), "neither the batch nor its padding decides"
+    many = numbered(torch.arange(100).expand(2000, -1) + 1, torch.rand(2000, 100), scored[:1].expand(2000, -1))
+    assert many.amax() == 100 and 85 < many[:, -1].double().mean() < 97, "a short problem meets the largest, too"
+    assert torch.equal(numbered(torch.arange(100)[None], chances, scored), torch.arange(11).expand(5, -1))
+
+
+def test_a_branch_goes_on_with_its_task(a_run, tmp_path):
+    train(a_run("training.schedule=constant"), tmp_path / "trunk")
+    branch = "training.schedule=constant", "training.updates=8", f"training.branch={tmp_path / 'trunk'}@6"
+    train(a_run(*branch, "task.examples=9"), tmp_path / "more")
+    with pytest.raises(UserError, match=r"leave \[task\] as it is"):
+        train(a_run(*branch, "task.held_out=0.5"), tmp_path / "other")
+
+
+def test_problems_that_are_too_long_are_drawn_anew_and_never_cut():
+    problems = Problems("polynomial", lengths=[8])
+    longest = max(len(problems.trained(0, line).tokens) for line in range(300))
+    lines = [problems.trained(0, line, context=longest - 6) for line in range(300)]
+    assert max(len(each.tokens) for each in lines) == longest - 5
+    assert all(each.tokens[-1] == EOS and each.written[-1] for each in lines)
+    with pytest.raises(UserError, match="fits into 9 tokens"):
+        problems.trained(0, 0, context=9)
+
+
+def test_the_weights_of_a_task_are_exported(a_run, tmp_path):
+    train(a_run(), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "run" / "tokenizer.json").read_bytes()
+
+
 # Measuring
 
 
@@ -292,6 +336,44 @@ def test_a_study_of_tasks_chooses_rates_and_skips_what_is_done(a_run, tmp_path):
     assert [event for event in events if event["event"] in ("update", "evaluation")] == []
     page = write_report([tmp_path]).read_text()
     assert "2 schemes" in page and "1 task" in page and (tmp_path / "figures" / "accuracy.svg").exists()
+
+
+def answered(folder, scheme, values, data="copy", seed=0, **settings):
+    """The folder of a run that has answered, by length."""
+    folder.mkdir(parents=True)
+    about = {"run": folder.name, "scheme": scheme, "seed": seed, "data": data, "context": 64, "protocol": "greedy"}
+    of_length = {"metric": "accuracy", "count": 9, "trained": 5, "checkpoint": "last"}
+    files.write_lines(
+        folder / "rows.jsonl",
+        [{**about, **of_length, "length": n, "value": v, "split": "held_out"} for n, v in values.items()],
+    )
+    content = config.write_toml({"model": {"width": 8}, "training": settings, "task": {"name": data}})
+    (folder / "run.toml").write_text(content)
+
+
+def test_what_cannot_be_ranked_is_told_and_the_rest_is_drawn(tmp_path):
+    answered(tmp_path / "a", "nope", {3: 1.0, 7: 0.5})
+    answered(tmp_path / "b", "rope", {3: 1.0, 7: 0.5, 9: 0.1})
+    page = write_report([tmp_path]).read_text()
+    assert "Not ranked: " in page and "not measured at length 9" in page
+    assert (tmp_path / "figures" / "accuracy.svg").exists() and not (tmp_path / "figures" / "ranking.svg").exists()
+
+
+@pytest.mark.parametrize("studies", [("one", "one"), ("one", "two")])
+def test_runs_of_a_scheme_that_differ_have_curves_of_their_own(tmp_path, studies):
+    for place, rate in zip(studies, (1e-3, 3e-3), strict=True):
+        for data in ("copy", "sort"):
+            answered(tmp_path / place / f"{data}-{rate}", "nope", {3: 1.0, 7: rate}, data=data, rate=rate)
+    page = write_report([tmp_path / each for each in dict.fromkeys(studies)]).read_text()
+    assert 'data-series="nope · rate=0.001"' in page and 'data-series="nope · rate=0.003"' in page
+    assert "Not ranked" not in page
+
+
+def test_the_same_run_of_two_studies_has_two_curves(tmp_path):
+    for place in ("one", "two"):
+        answered(tmp_path / place / "copy", "nope", {3: 1.0, 7: 0.5}, rate=1e-3)
+    page = write_report([tmp_path / "one", tmp_path / "two"]).read_text()
+    assert 'data-series="nope · one"' in page and 'data-series="nope · two"' in page
 
 
 # The command

@@ -146,3 +146,37 @@ def test_the_command_branches_and_tunes(a_run, whole, tmp_path, monkeypatch, cap
         assert left.value.code == 0, capsys.readouterr().err
     assert len(files.read_lines(tmp_path / "branch" / "log.jsonl")) == 7
     assert len(files.read_lines(tmp_path / "tuned" / "log.jsonl")) == 12
+
+
+def test_a_branch_has_the_settings_of_its_own_recipe(a_run, whole, tmp_path):  # noqa: F811
+    settings = f"training.branch={whole}@5", *STABLE, "training.weight_decay=0", "training.betas=[0.5, 0.6]"
+    train(a_run(*settings), tmp_path / "branch")
+    state = torch.load(tmp_path / "branch" / "checkpoints" / "12" / "state.pt", weights_only=True)
+    assert {(group["weight_decay"], tuple(group["betas"])) for group in state["optimizer"]["param_groups"]} == {
+        (0.0, (0.5, 0.6))
+    }
+
+
+def test_a_branch_by_another_optimizer_forgets_the_state_or_is_told(a_run, whole, tmp_path):  # noqa: F811
+    settings = f"training.branch={whole}@5", *STABLE, "training.optimizer=muon"
+    with pytest.raises(UserError, match="--reset-optimizer"):
+        train(a_run(*settings), tmp_path / "branch")
+    assert not (tmp_path / "branch").exists()
+    train(a_run(*settings, "training.reset_optimizer=true"), tmp_path / "branch")
+
+
+def test_budgets_that_a_branch_has_passed_are_refused(a_run, whole, tmp_path):  # noqa: F811
+    settings = f"training.branch={whole}@5", "training.schedule=wsd_s(budgets=[4, 12])"
+    with pytest.raises(UserError, match="Budgets of 4 updates lie before the branch"):
+        train(a_run(*settings), tmp_path / "branch")
+
+
+def test_a_best_checkpoint_that_is_lost_is_forgotten(a_run, tmp_path):  # noqa: F811
+    settings = "training.evaluate_every=3", "training.checkpoint_every=3", "training.keep=1"
+    train(a_run(*settings), tmp_path)
+    best = checkpoint.read_manifest(tmp_path)["best"]
+    (tmp_path / "checkpoints" / str(best) / "model.safetensors").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(a_run(*settings), tmp_path)
+    assert checkpoint.read_manifest(tmp_path)["best"] in checkpoint.updates(tmp_path)
