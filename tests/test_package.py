@@ -126,7 +126,7 @@ def test_the_metadata_names_the_version_the_licence_the_extras_and_the_command(w
     assert found[f"{INFO}/licenses/LICENSE"] == (ROOT / "LICENSE").read_bytes()
     assert about.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
     extras = PROJECT["optional-dependencies"]
-    assert {"hub", "bench", "track", "dev"} == set(extras) == set(about.get_all("Provides-Extra"))
+    assert {"hub", "bench", "cluster", "track", "dev"} == set(extras) == set(about.get_all("Provides-Extra"))
     wanted = {(need, None) for need in PROJECT["dependencies"]}
     wanted |= {(need, extra) for extra, needs in extras.items() for need in needs}
     stated = [re.fullmatch(r"(.*?)(?:; extra == '(.*)')?", need).groups() for need in about.get_all("Requires-Dist")]

@@ -79,7 +79,7 @@ def _most_tokens(run: Run) -> int:
     if run.task.name is None:
         return max(run.lengths)
     found = problems.problems_of(run.task)
-    return max(found.tokens(length) for length in problems.lengths(run, found)) - 1  # the last is no input
+    return max(1, problems.most_tokens(found, problems.lengths(run, found)) - 1)  # the last is no input
 
 
 def _can_be_trained(run: Run, scheme: Scheme) -> None:

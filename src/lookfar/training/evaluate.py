@@ -57,6 +57,7 @@ def evaluate_run(
         raise UserError(f"This run would execute the code of {run.data.source!r}; allow it with trust=True (--trust).")
     if run.task.name is not None and (wanted or data or tokens or by_position or scheme):
         raise UserError(f"{folder} was trained on a task; only the lengths at which it is measured can be chosen.")
+    checkpoint.check_trust(run, trust)  # before anything imports it
     check(run)
     with run_folder.claim(folder):
         update = checkpoint.find(folder, "last")

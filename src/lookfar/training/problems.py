@@ -113,7 +113,7 @@ def check(run: Run) -> None:
         raise UserError("Answers are written token by token, numbered as they come; leave evaluation.numbering out.")
     for length in lengths(run, problems):
         problems.task.example(length, Random(0))  # refuses a length that there is not
-    longest = max(problems.tokens(length) for length in _some(problems))
+    longest = most_tokens(problems, sorted(set(problems.split.lengths))[-3:])
     if longest - 1 > run.model.context:
         raise UserError(
             f"{problems.label} of length {problems.longest_trained} has problems of {longest} tokens; "
@@ -121,10 +121,9 @@ def check(run: Run) -> None:
         )
 
 
-def _some(problems: Problems) -> list[int]:
-    """The longest trained lengths that have problems to look at."""
-    lengths = sorted(set(problems.split.lengths))[-3:]
-    return [length for length in lengths if problems.measured(length, 1)] or lengths
+def most_tokens(problems: Problems, lengths: Sequence[int]) -> int:
+    """The most tokens that a few problems of these lengths have; a length without any that measure has none."""
+    return max((problems.tokens(length) for length in lengths if problems.measured(length, 1)), default=0)
 
 
 def lengths(run: Run, problems: Problems) -> list[int]:
