@@ -21,7 +21,7 @@ from lookfar.tasks.problems import Problems
 from lookfar.tasks.symbols import EOS, PADDING
 from lookfar.training import checkpoint, objectives
 from lookfar.training.export import export
-from lookfar.training.problems import Lesson, ProblemLines, numbered, padded, tokenizer_of
+from lookfar.training.problems import Lesson, ProblemLines, inputs_of, padded, tokenizer_of
 from lookfar.training.run import run_whole
 from lookfar.training.train import Interrupted, train
 from tolerance import assert_near
@@ -186,23 +186,32 @@ def test_slots_are_of_texts(a_run, tmp_path):
         train(a_run("model.slots=2", "training.objective=slots"), tmp_path / "run")
 
 
-def test_numbers_of_a_problem_are_a_part_of_those_of_its_line_in_their_order():
-    torch.manual_seed(0)
-    numbers, chances = torch.arange(500).reshape(5, 100) * 3, torch.rand(5, 100)
-    scored = torch.zeros(5, 12, dtype=torch.bool)
-    ends = [11, 5, 8, 3, 11]
-    for row, end in enumerate(ends):
-        scored[row, 2 : end + 1] = True
-    found = numbered(numbers, chances, scored)
-    assert found.shape == (5, 11)
-    for row, end in enumerate(ends):
-        own = found[row, :end]
-        assert (own[1:] > own[:-1]).all() and set(own.tolist()) <= set(numbers[row].tolist())
-    alone = numbered(numbers[1:2], chances[1:2], scored[1:2, :6])
-    assert torch.equal(alone[0], found[1, :5]), "neither the batch nor its padding decides"
-    many = numbered(torch.arange(100).expand(2000, -1) + 1, torch.rand(2000, 100), scored[:1].expand(2000, -1))
-    assert many.amax() == 100 and 85 < many[:, -1].double().mean() < 97, "a short problem meets the largest, too"
-    assert torch.equal(numbered(torch.arange(100)[None], chances, scored), torch.arange(11).expand(5, -1))
+def test_the_inputs_of_a_problem_are_its_document():
+    scored = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert inputs_of(scored).tolist() == [[0, 0, 0, 0], [0, 0, -1, -1]]
+
+
+@pytest.mark.parametrize(("task", "documents"), [("summation", "joined"), ("none", "isolated")])
+def test_short_problems_and_documents_meet_the_largest_numbers(a_run, tmp_path, monkeypatch, task, documents):
+    book, met = tmp_path / "book", []
+    book.mkdir()
+    for place in range(60):
+        (book / f"{place}.txt").write_text("a few words " + "abc"[place % 3])
+    place = {"name": task, "lengths": "none", "examples": 100}
+    content = a_run("model.context=200", "training.updates=3", "training.evaluate_every=none").model_dump()
+    content |= {"data": {"source": "text_file", "path": str(book), "documents": documents}, "task": place}
+    content["training"]["numbering"] = "randomized(largest=2000)"
+    content["evaluation"]["lengths"] = [9]
+    states = Decoder.states
+
+    def note(self, tokens, **settings):
+        met.append(settings["positions"])
+        return states(self, tokens, **settings)
+
+    monkeypatch.setattr(Decoder, "states", note)
+    train(config.build(content), tmp_path / "run")
+    assert max(int(each.max()) for each in met) > 1500
+    assert all(each.shape[0] == 4 for each in met)
 
 
 def test_a_branch_goes_on_with_its_task(a_run, tmp_path):
@@ -322,7 +331,7 @@ def test_a_study_of_tasks_chooses_rates_and_skips_what_is_done(a_run, tmp_path):
     study = config.build(
         {
             **a_run("training.updates=2", "evaluation.lengths=[2, 7]").model_dump(),
-            "study": {"schemes": ["nope", "alibi"], "choose_rate": [1e-3, 1e-30], "runs": [{"name": "copy"}]},
+            "study": {"schemes": ["nope", "alibi"], "choose_rate": [1e-3, 1e30], "runs": [{"name": "copy"}]},
         },
         (),
         config.Study,
@@ -345,7 +354,10 @@ def answered(folder, scheme, values, data="copy", seed=0, **settings):
     of_length = {"metric": "accuracy", "count": 9, "trained": 5, "checkpoint": "last"}
     files.write_lines(
         folder / "rows.jsonl",
-        [{**about, **of_length, "length": n, "value": v, "split": "held_out"} for n, v in values.items()],
+        [
+            {**about, **of_length, "length": n, "value": v, "split": "longer" if n > 5 else "held_out"}
+            for n, v in values.items()
+        ],
     )
     content = config.write_toml({"model": {"width": 8}, "training": settings, "task": {"name": data}})
     (folder / "run.toml").write_text(content)

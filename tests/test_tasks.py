@@ -1,5 +1,6 @@
 """Every task gives problems of exactly the length asked for; the right answer is found again, and no other is right."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -526,3 +528,17 @@ def test_the_page_has_a_row_of_every_task(name, monkeypatch, capsys):
     row = re.search(rf"^{name} .*$", out, re.MULTILINE)[0]
     cells = r" \| ".join(map(re.escape, re.split(r"\s\s+", row)[1:4]))
     assert re.search(rf"^\| `{name}` \| .* \| {cells} \| .+ \|$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("terms", "chance"), [(1, 0.271), (9, 0.12), (16, 0.104)])
+def test_the_best_constant_guess_of_a_polynomial_is_right_as_often_as_its_page_says(terms, chance):
+    """By adding up every coefficient and degree, term by term, at every x."""
+    answers = np.zeros(10)
+    for x in range(-2, 3):
+        of_term, total = np.zeros(10), np.eye(10)[0]
+        for coefficient, degree in itertools.product(range(-3, 4), range(4)):
+            of_term[coefficient * x**degree % 10] += 1 / 28
+        for _ in range(terms):
+            total = sum(np.roll(total, digit) * part for digit, part in enumerate(of_term))
+        answers += total / 5
+    assert answers.max() == pytest.approx(chance, abs=5e-4)

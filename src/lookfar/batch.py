@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int, Num
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from lookfar.errors import UserError
@@ -40,6 +40,23 @@ def randomized(batch: int, tokens: int, *, largest: int, generator: torch.Genera
         raise UserError(f"{tokens} tokens cannot be numbered below {largest} without repetition; raise `largest`.")
     keys = torch.rand(batch, largest, generator=generator)
     return keys.topk(tokens, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def within(
+    numbers: Num[Tensor, "b c"], chances: Float[Tensor, "b c"], documents: Int[Tensor, "b t"]
+) -> Num[Tensor, "b t"]:
+    """Number each document of a line by some of the numbers of the line, in their order; padding gets 0.
+
+    A document of n tokens gets the n of them whose chances are lowest. Its first n alone would leave out the largest,
+    which a short document then never met.
+    """
+    order = chances.argsort(dim=1)
+    found = torch.zeros_like(documents, dtype=numbers.dtype)
+    for line, own in enumerate(documents):
+        for document in own[own >= 0].unique():
+            place = own == document
+            found[line, place] = numbers[line, order[line, : int(place.sum())].sort().values]
+    return found
 
 
 def interpolated(tokens: int, *, context: int) -> Num[Tensor, "1 t"]:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from lookfar.attention.trace import Trace, trace_rows
+from lookfar.attention.trace import Trace
+from lookfar.attention.trace import trace as trace_rows
 from lookfar.errors import UserError
 from lookfar.model.attention import Attention
 from lookfar.model.decoder import Decoder
@@ -33,8 +34,6 @@ class Seen:
         for layer, (attention, x, sight) in enumerate(self.layers):
             heads = attention.scheme.heads.score_heads * len(x)
             step = rows or max(1, ENTRIES // (sight.keys * heads))
-            if reason := attention.scheme.refusal(sight):
-                raise UserError(reason)
             with torch.no_grad():
                 queries, keys, values = attention.encoded(x, sight)
             for start in range(0, sight.queries, step):
@@ -49,6 +48,7 @@ class Seen:
                         part,
                         attention.scheme,
                         x[:, asked],
+                        whole=sight,
                     )
                 yield layer, found
 

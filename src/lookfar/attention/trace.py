@@ -69,26 +69,18 @@ def trace(
     sight: Sight,
     scheme: Scheme,
     inputs: Float[Tensor, "b q d"] | None = None,
+    *,
+    whole: Sight | None = None,
 ) -> Trace:
     """Every stage of attention; queries and keys are already encoded, `inputs` is for merges that read it.
+
+    Of some rows alone, `whole` is the sight that they are rows of: whether a method is exact is asked of it.
 
     Raises:
         UserError: a method is not exact under this sight, or a merge misses its inputs.
     """
-    if reason := scheme.refusal(sight):
+    if reason := scheme.refusal(sight if whole is None else whole):
         raise UserError(reason)
-    return trace_rows(queries, keys, values, sight, scheme, inputs)
-
-
-def trace_rows(
-    queries: Float[Tensor, "b h q e"],
-    keys: Float[Tensor, "b g k e"],
-    values: Float[Tensor, "b g2 k v"],
-    sight: Sight,
-    scheme: Scheme,
-    inputs: Float[Tensor, "b q d"] | None = None,
-) -> Trace:
-    """As `trace`, for some rows of a sight that the scheme has been asked about as a whole."""
     rows = Rows(
         queries,
         keys,

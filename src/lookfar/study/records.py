@@ -62,12 +62,8 @@ class Record:
 
     @property
     def answers(self) -> list[Row]:
-        """The rows of exact answers to problems, each with its `split`: held_out, longer or between."""
-        return [
-            {**row, "split": "longer" if row["length"] > row["trained"] else row["split"]}  # older rows say less
-            for row in self.rows
-            if row["metric"] == "accuracy"
-        ]
+        """The rows of exact answers to problems, each with its `split`: held_out, longer or other."""
+        return [row for row in self.rows if row["metric"] == "accuracy"]
 
     @property
     def groups(self) -> list[Group]:

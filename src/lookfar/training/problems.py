@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64, Integer, Num
+from jaxtyping import Bool, Int, Int64, Integer
 from torch import Tensor
 
 from lookfar.config import EvaluationConfig, Run, TaskConfig
@@ -133,24 +133,11 @@ def lengths(run: Run, problems: Problems) -> list[int]:
     return buckets(problems.task, times=1)
 
 
-def numbered(
-    numbers: Num[Tensor, "#b c"], chances: Float[Tensor, "b c"], scored: Bool[Tensor, "b l"]
-) -> Num[Tensor, "b t"]:
-    """As many of the numbers of each line as its problem has inputs, any of them, in their order.
-
-    The first of them alone would leave out the largest, which a short problem then never met.
-    """
-    numbers, inputs = numbers.expand(len(scored), -1), scored.shape[1] - 1
+def inputs_of(scored: Bool[Tensor, "b l"]) -> Int[Tensor, "b t"]:
+    """The inputs of each problem as its document, 0; -1 for the padding after them. The last token is no input."""
     place = torch.arange(scored.shape[1], device=scored.device)
-    own = (scored * place).amax(1, keepdim=True)  # the last token is no input
-    if (
-        len(numbers.unique(dim=0)) == 1
-        and not numbers.is_floating_point()
-        and numbers.shape[1] == int(numbers.max()) + 1
-    ):
-        return numbers[:, :inputs]  # 0, 1, 2, …
-    order = chances.argsort(dim=1)[:, :inputs].masked_fill(place[:-1] >= own, numbers.shape[1])  # padding comes last
-    return numbers.gather(1, order.sort(dim=1).values.clamp(max=numbers.shape[1] - 1))
+    last = (scored * place).amax(1, keepdim=True)
+    return torch.where(place[:-1] < last, 0, -1)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lookfar import files
-from lookfar.batch import consecutive
+from lookfar.batch import consecutive, within
 from lookfar.config import Run, TrainingConfig
 from lookfar.data.corpus import Corpus, open_corpus
 from lookfar.data.mixture import Mixture
@@ -32,7 +32,7 @@ from lookfar.training.measure import HELD_OUT, about, text_of
 from lookfar.training.memory import Pieces
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
-from lookfar.training.problems import Lesson, ProblemLines, numbered
+from lookfar.training.problems import Lesson, ProblemLines, inputs_of
 from lookfar.training.processes import Processes, joined
 from lookfar.training.processes import check as check_share
 from lookfar.training.profiling import profiled
@@ -194,12 +194,15 @@ def _accumulate(
         positions = None if positions is None else positions.to(device)
         tokens = torch.from_numpy(lines.batch(first, size)).to(device)
         documents, scored = (_on(device, each(first, size)) for each in (lines.documents, lines.scored))
-        width = tokens.shape[1] - 1  # of problems, the longest of these
-        if positions is not None and scored is not None:
-            positions = numbered(positions, chances[place : place + size].to(device), scored)
-        if positions is not None and documents is not None:  # each begins with the first numbers of the line
-            positions = positions.expand(size, -1).gather(1, consecutive(documents[:, :-1]))
-        chance = chances[place : place + size, :width].to(device)
+        chance = chances[place : place + size].to(device)
+        parts = None if documents is None else documents[:, :-1]
+        parts = parts if scored is None else inputs_of(scored)
+        if positions is not None and parts is not None:
+            if several:
+                positions = within(positions, chance, parts)
+            else:  # a formula: each part begins with the first numbers
+                positions = positions.expand(size, -1).gather(1, consecutive(parts))
+        chance = chance[:, : tokens.shape[1] - 1]  # of problems, the longest of these
         with autocast(config.precision, run.model.dtype, device, keep=not sharding.sharded(model)):
             loss = objective(model, tokens, positions, chance, documents, scored) / accumulation
         loss.backward()
