@@ -207,3 +207,15 @@ def test_a_bias_lies_under_its_scores():
     both = rows.with_bias(scores)
     assert both.dtype == scores.dtype and torch.equal(both[:, :2], scores)
     assert torch.equal(both[:, 2:], bias.float().expand(4, -1, -1, -1))
+
+
+def test_sight_is_steady_where_distances_count_tokens():
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
+    assert Sight.causal(7).steady and Sight.causal(7, positions=torch.arange(3, 10)[None]).steady
+    assert Sight.causal(7, documents=documents, positions=consecutive(documents)).steady
+    assert not Sight.causal(7, positions=torch.tensor([[0, 1, 2, 4, 5, 6, 7]])).steady
+    assert not Sight.causal(7, positions=torch.arange(7.0)[None]).steady
+    interrupted = torch.tensor([[0, 0, 1, 0, 1, 1, 1]])
+    assert not Sight.causal(7, documents=interrupted, positions=consecutive(interrupted)).steady
+    assert not Sight.slots(5, 2).steady
+    assert Sight.causal(7, documents=documents, positions=consecutive(documents)).rows(2, 5).steady

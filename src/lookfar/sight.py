@@ -9,6 +9,7 @@ A leading `#` marks an axis that may be 1 where all rows of the batch are alike.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -195,6 +196,18 @@ class Sight:
     def plain(self) -> bool:
         """Whether the order of tokens alone decides who sees whom: what is not ahead is seen."""
         return self.window is None and self.key_documents is None and not self.ahead and self.text is None
+
+    @cached_property
+    def steady(self) -> bool:
+        """Whether the distance of two tokens that see each other is the number of places between them."""
+        if self.consecutive:
+            return self.text is None
+        if self.scattered or self.text is not None or self.key_positions.is_floating_point():
+            return False
+        even = self.key_positions.diff(dim=1) == 1
+        if self.key_documents is not None:
+            even = even | (self.key_documents.diff(dim=1) != 0) | (self.key_documents[:, 1:] < 0)
+        return bool(even.all())
 
     @property
     def last(self) -> bool:

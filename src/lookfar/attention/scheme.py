@@ -92,6 +92,16 @@ class Scheme(nn.Module):
         """The sum of all biases for every pair of positions; there must be one."""
         return self._per_map(reduce(torch.add, [each.between(query_positions, key_positions) for each in self.biases]))
 
+    @property
+    def by_distance(self) -> bool:
+        """Whether all that is added to the scores depends on the distance alone."""
+        return all(isinstance(bias, DistanceBias) for bias in self.biases)
+
+    def table(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
+        """The sum of all biases at these distances; there must be one, and all must be `by_distance`."""
+        tables = [bias.at(distances) for bias in self.biases if isinstance(bias, DistanceBias)]
+        return self._per_map(reduce(torch.add, tables)[None])[0]
+
     def bias(self, sight: Sight) -> Float[Tensor, "#b h q k"] | None:
         """The sum of all biases; None where there is none."""
         total = None

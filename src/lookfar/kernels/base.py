@@ -24,6 +24,7 @@ class Call:
     plain: bool = True  # the order of tokens alone decides who sees whom
     last: bool = True  # the queries are the last of the keys
     consecutive: bool = True  # positions are 0, 1, 2, …
+    steady: bool = True  # the distance of tokens that see each other is the number of places between them
     causal: bool = True  # nothing ahead is seen
     slots: bool = False  # some queries are slots, which see a part of the text and themselves
 
@@ -41,6 +42,7 @@ class Call:
             plain=sight.plain,
             last=sight.last,
             consecutive=sight.consecutive and sight.text is None,
+            steady=not scheme.biases or sight.steady,  # which reads all positions
             causal=not sight.ahead,
             slots=sight.asking > 0,
         )
