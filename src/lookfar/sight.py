@@ -243,6 +243,21 @@ class Sight:
             seen = seen | itself
         return seen[:, None]
 
+    def starts(self) -> Int[Tensor, "#b q"]:
+        """The first key that each query sees, counted among these keys; it sees all from there to itself.
+
+        Holds for sights that are neither scattered, nor ahead, nor have slots.
+        """
+        own = torch.arange(self.queries, device=self.key_positions.device)[None] + self.first_query - self.first_key
+        starts = torch.zeros_like(own) if self.window is None else (own - self.window + 1).clamp(min=0)
+        if self.key_documents is None:
+            return starts
+        places = torch.arange(self.keys, device=own.device)[None]
+        begins = self.key_documents.diff(dim=1, prepend=self.key_documents[:, :1] - 1) != 0
+        begins = begins | (self.key_documents < 0)  # padding sees itself alone
+        first = torch.where(begins, places, 0).cummax(dim=1).values
+        return torch.maximum(first[:, self.first_query - self.first_key :][:, : self.queries], starts)
+
     def rows(self, start: int, stop: int, *, step: int = 1) -> "Sight":
         """The queries from `start` to `stop`, against only the keys that one of them can see by order and window.
 

@@ -12,10 +12,10 @@ from lookfar.errors import UserError
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-LONG = ("sdpa", "square", "row", "slots", "chunked", "reference")
-SHORT = ("square", "sdpa", "row", "slots", "chunked", "reference")
-SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference")
-SLOTS = ("slots", "sdpa", "square", "row", "chunked", "reference")
+LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference")
+SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference")
+SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference")
+SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 
