@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lookfar.attention.scheme import Scheme
 from lookfar.kernels import compiled
 from lookfar.kernels.base import Call, Kernel
-from lookfar.kernels.compiled.calls import BACKWARD, FORWARD, Asked
+from lookfar.kernels.compiled.calls import BACKWARD, FORWARD, Asked, asked_of
 from lookfar.methods.base import DistanceBias, Heads, ScoreMap
 from lookfar.methods.cope import Cope
 from lookfar.methods.dape_v1 import DapeV1
@@ -88,7 +88,7 @@ def _unknown(scheme: Scheme) -> str | None:
 
 
 def _numbers(count: int) -> Tensor:
-    return torch.arange(count)[None, :, None, None]
+    return torch.arange(float(count))[None, :, None, None]
 
 
 def _parts(sight: Sight, scheme: Scheme) -> dict[str, Tensor]:
@@ -114,16 +114,16 @@ def _each(rows: Float[Tensor, "h n"], heads: Heads) -> Float[Tensor, "h n"]:
 
 def _pieces(fire: Fire, sight: Sight, distances: Tensor, heads: Heads) -> dict[str, Tensor]:
     """FIRE as straight pieces. A hidden unit changes its slope where its input is 0: those places are the cuts."""
-    rise = fire.compressed(distances)
-    rate = 1 / fire.normalizer(sight.query_positions)  # b q
+    rise = fire.compressed(distances.double())  # gradients by way of distances and of positions nearly cancel
+    rate = 1 / fire.normalizer(sight.query_positions.double())  # b q
     weight, shift = (each.double() for each in (fire.first.weight[:, 0], fire.first.bias))
     with torch.no_grad():
         bounds = torch.where(weight == 0, torch.inf, -shift / weight).sort().values
         middles = torch.cat([bounds[:1] - 1, (bounds[1:] + bounds[:-1]) / 2, bounds[-1:] + 1])
         middles = torch.where(middles.isfinite(), middles, torch.cat([bounds[:1], bounds]).nan_to_num(posinf=0) + 1)
         active = (middles[:, None] * weight + shift > 0).double()  # n hidden
-        low = (bounds[None] / rate.double().reshape(-1, 1)).clamp(max=torch.finfo(torch.float32).max)
-        cuts = torch.searchsorted(rise.flip(0).double(), low, right=True).int()
+        low = (bounds[None] / rate.reshape(-1, 1)).clamp(max=torch.finfo(torch.float32).max)
+        cuts = torch.searchsorted(rise.flip(0), low, right=True).int()
     second = fire.second.weight.double()
     slope = second @ (active * weight).T  # h n
     offset = second @ (active * shift).T + fire.second.bias.double()[:, None]
@@ -162,16 +162,16 @@ class _Attend(torch.autograd.Function):
     """The compiled functions; the order of tensors is that of `Asked`."""
 
     @staticmethod
-    def forward(ctx: Any, first: int, scale: float, keeps_bias: bool, *tensors: Tensor) -> Tensor:  # some are None
-        output, logsumexp = FORWARD(first, scale, keeps_bias, list(tensors))
-        ctx.save_for_backward(output, logsumexp, *tensors)
+    def forward(ctx: Any, first: int, scale: float, keeps_bias: bool, *tensors: Tensor | None) -> Tensor:
+        output, tops, shares = FORWARD(first, scale, keeps_bias, list(tensors))
+        ctx.save_for_backward(output, tops, shares, *tensors)
         ctx.numbers = first, scale, keeps_bias
-        return output[..., : tensors[2].shape[-1]]
+        return output[..., : asked_of(tensors).values.shape[-1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the decorator's
-        output, logsumexp, *tensors = ctx.saved_tensors
-        found = BACKWARD(*ctx.numbers, gradients[0].contiguous(), output, logsumexp, tensors)
+        output, tops, shares, *tensors = ctx.saved_tensors
+        found = BACKWARD(*ctx.numbers, gradients[0].contiguous(), output, tops, shares, tensors)
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *(each if needed else None for each, needed in zip(found, wanted, strict=True))

@@ -49,7 +49,7 @@ class Call(ctypes.Structure):
         *((name, POINTER) for name in ("first_weight", "first_bias", "second_weight", "second_bias")),
         *((name, NUMBER) for name in ("hidden", "taps", "inputs", "keeps_bias")),
         ("leak", c_float),
-        *((name, POINTER) for name in ("output", "logsumexp", "gradient")),
+        *((name, POINTER) for name in ("output", "tops", "shares", "gradient")),
         *((f"{name}_gradient", POINTER) for name in ("query", "key", "value", "sink", "table", "slope", "offset")),
         *((f"{name}_gradient", POINTER) for name in ("rise", "rate", "embedding", "first_weight", "first_bias")),
         *((f"{name}_gradient", POINTER) for name in ("second_weight", "second_bias")),
@@ -86,11 +86,8 @@ def library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
     if compiler is None or shutil.which(compiler.split()[0]) is None:
         raise Unavailable("there is no C++ compiler; install one, such as g++, or set $CXX")
-    sources = {
-        each.name: each.read_bytes()
-        for each in resources.files("lookfar.kernels.compiled").iterdir()
-        if _is_source(each.name)
-    }
+    here = resources.files("lookfar.kernels.compiled")
+    sources = {each.name: each.read_bytes() for each in here.iterdir() if each.name.endswith((".cpp", ".h"))}
     file = files.cache_folder() / "compiled" / f"{_name(compiler, sources)}.so"
     try:
         if not file.exists():

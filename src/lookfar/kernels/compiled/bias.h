@@ -51,32 +51,33 @@ static void bias_backward(const Call& call, const Row& row, const float* gradien
     }
     if (call.slope) {
         const float* rise = call.rise + shift;
-        float* rises = call.rise_gradient + slice * call.span + shift;
-        float rate = call.rate[row.batch * call.rate_step + row.query], of_rate = 0;
+        double* rises = call.rise_gradient + slice * call.span + shift;
+        float rate = call.rate[row.batch * call.rate_step + row.query];
+        double of_rate = 0;
         pieces_of(call, row, [&](Int piece, Int from, Int to) {
             float slope = call.slope[piece], moved = slope * rate;
             Vector many{}, risen{};
-            float one = 0, high = 0;
+            double one = 0, high = 0;
             Int key = from;
             for (; key + LANES <= to; key += LANES) {
                 Vector each = load(gradient + key - row.base);
                 many += each;
                 risen += each * load(rise + key);
-                store(rises + key, load(rises + key) + each * moved);
+                add(rises + key, each * moved);
             }
             for (; key < to; ++key) {
                 float each = gradient[key - row.base];
                 one += each;
-                high += each * rise[key];
-                rises[key] += each * moved;
+                high += double(each) * rise[key];
+                rises[key] += double(each) * moved;
             }
             one += sum(many);
             high += sum(risen);
             Int own = slice * call.pieces + piece - row.head * call.pieces;
-            call.slope_gradient[own] += high * rate;
-            call.offset_gradient[own] += one;
+            call.slope_gradient[own] += float(high * rate);
+            call.offset_gradient[own] += float(one);
             of_rate += high * slope;
         });
-        call.rate_gradient[(row.batch * call.heads + row.head) * call.queries + row.query] += of_rate;
+        call.rate_gradient[(row.batch * call.heads + row.head) * call.queries + row.query] += float(of_rate);
     }
 }

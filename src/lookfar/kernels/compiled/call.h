@@ -30,11 +30,13 @@ struct Call {
     Int hidden, taps, inputs, keeps_bias;
     float leak;
     // results: rows are as wide as `padded` of them
-    float *output, *logsumexp;  // [b, h, q, v], [b, h, q]
+    float *output, *tops, *shares;  // [b, h, q, v]; [b, h, q] the largest score, and 1 / Σ e^(score - largest)
     // backward; each of `parts` slices is filled by one thread
     const float* gradient;  // [b, h, q, v], contiguous
     float *query_gradient, *key_gradient, *value_gradient, *sink_gradient;
-    float *table_gradient, *slope_gradient, *offset_gradient, *rise_gradient, *rate_gradient, *embedding_gradient;
+    float *table_gradient, *slope_gradient, *offset_gradient;
+    double* rise_gradient;
+    float *rate_gradient, *embedding_gradient;
     float *first_weight_gradient, *first_bias_gradient, *second_weight_gradient, *second_bias_gradient;
     Int parts;
 

@@ -47,20 +47,20 @@ FORWARD = torch.library.custom_op(
     "lookfar::strips_forward",
     lambda first, scale, keeps_bias, tensors: _forward(first, scale, keeps_bias, asked_of(tensors)),
     mutates_args=(),
-    schema=f"({NUMBERS}, Tensor?[] tensors) -> (Tensor, Tensor)",
+    schema=f"({NUMBERS}, Tensor?[] tensors) -> (Tensor, Tensor, Tensor)",
 )
 BACKWARD = torch.library.custom_op(
     "lookfar::strips_backward",
-    lambda first, scale, keeps_bias, gradient, output, logsumexp, tensors: _backward(
-        first, scale, keeps_bias, gradient, output, logsumexp, asked_of(tensors)
+    lambda first, scale, keeps_bias, gradient, output, tops, shares, tensors: _backward(
+        first, scale, keeps_bias, gradient, output, tops, shares, asked_of(tensors)
     ),
     mutates_args=(),
-    schema=f"({NUMBERS}, Tensor gradient, Tensor output, Tensor logsumexp, Tensor?[] tensors) -> Tensor[]",
+    schema=f"({NUMBERS}, Tensor gradient, Tensor output, Tensor tops, Tensor shares, Tensor?[] tensors) -> Tensor[]",
 )
 
 
 @FORWARD.register_fake
-def _(first: int, scale: float, keeps_bias: bool, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+def _(first: int, scale: float, keeps_bias: bool, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     return _results(asked_of(tensors))
 
 
@@ -71,26 +71,27 @@ def _(
     keeps_bias: bool,
     gradient: Tensor,
     output: Tensor,
-    logsumexp: Tensor,
+    tops: Tensor,
+    shares: Tensor,
     tensors: list[Tensor | None],
 ) -> list[Tensor]:
     return [gradient.new_empty(0 if each is None else each.shape) for each in tensors]
 
 
-def _results(asked: Asked) -> tuple[Tensor, Tensor]:
+def _results(asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     shape = asked.queries.shape[:3]
     output = asked.queries.new_empty(*shape, _padded(asked.values.shape[-1]))
-    return output, asked.queries.new_empty(shape)
+    return output, asked.queries.new_empty(shape), asked.queries.new_empty(shape)
 
 
-def _forward(first: int, scale: float, keeps_bias: bool, asked: Asked) -> tuple[Tensor, Tensor]:
-    """Outputs `[b h q v]`, v filled up to whole vectors, and log-sum-exps `[b h q]`."""
+def _forward(first: int, scale: float, keeps_bias: bool, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs `[b h q v]`, v filled up to whole vectors; `[b h q]`, the largest score and 1 / Σ e^(score - largest)."""
     asked = _laid_out(asked)
-    output, logsumexp = _results(asked)
+    output, tops, shares = _results(asked)
     call = _call(first, scale, keeps_bias, asked)
-    call.set(output=output, logsumexp=logsumexp)
+    call.set(output=output, tops=tops, shares=shares)
     compiled.library().lookfar_forward(call)
-    return output, logsumexp
+    return output, tops, shares
 
 
 def _backward(
@@ -99,7 +100,8 @@ def _backward(
     keeps_bias: bool,
     gradient: Float[Tensor, "b h q v"],
     output: Tensor,
-    logsumexp: Tensor,
+    tops: Tensor,
+    shares: Tensor,
     asked: Asked,
 ) -> list[Tensor]:
     """The gradient of every tensor of `Asked`; of what is None or whole numbers, an empty one."""
@@ -120,14 +122,14 @@ def _backward(
         found["table"] = zeros(*maps, asked.table.shape[-1])
     if asked.slope is not None and asked.rise is not None:
         found |= {"slope": zeros(*maps, asked.slope.shape[1]), "offset": zeros(*maps, asked.slope.shape[1])}
-        found |= {"rise": zeros(*maps, len(asked.rise)), "rate": zeros(batch, heads, queries)}
+        found |= {"rise": zeros(*maps, len(asked.rise), dtype=torch.float64), "rate": zeros(batch, heads, queries)}
     if asked.embedding is not None:
         found["embedding"] = zeros(*maps, *asked.embedding.shape)
     for name in ("first_weight", "first_bias", "second_weight", "second_bias"):
         if (each := getattr(asked, name)) is not None:
             found[name] = zeros(parts, *each.shape)
     call = _call(first, scale, keeps_bias, asked)
-    call.set(output=output, logsumexp=logsumexp, gradient=gradient, parts=parts)
+    call.set(output=output, tops=tops, shares=shares, gradient=gradient, parts=parts)
     plural = {"queries": "query", "keys": "key", "values": "value"}
     call.set(**{f"{plural.get(name, name)}_gradient": each for name, each in found.items()})
     compiled.library().lookfar_backward(call)
@@ -136,6 +138,7 @@ def _backward(
     found["values"] = _by_group(found["values"].sum(0)[..., :value_width], asked.value_head, asked.values.shape[1])
     if asked.rate is not None:
         found["rate"] = found["rate"].sum(1)
+        found["rise"] = found["rise"].sum((0, 1, 2)).float()
     return [
         zeros(0) if each is None or name not in found else _summed(found[name], each.shape)
         for name, each in zip(Asked._fields, asked, strict=True)

@@ -4,16 +4,18 @@
 #include "bias.h"
 
 struct Cope {
-    std::vector<float> gates, sums, slopes;  // of the keys before the last place, the row's own first
+    std::vector<float> gates, parts, slopes;  // of the keys before the last place, the row's own first
+    std::vector<Int> below;                   // whole places, beyond which a key stands by its part
     Int reached = 0;                         // how many those are
 
     // scores[key - base] += the product with the embedding of the key's place, which `products` holds for whole places.
     void forward(const Call& call, const Row& row, const float* products, float* scores, const float* raw) {
         Int seen = row.to - row.from, last = call.places - 1;
         gates.resize(up(seen, LANES));
-        sums.resize(up(seen, LANES));
+        parts.resize(up(seen, LANES));
+        below.resize(up(seen, LANES));
         slopes.resize(up(seen, LANES));
-        float total = 0;
+        double total = 0;
         Int count = 0;
         for (bool open = true; count < seen && open; ) {
             Vector block{};
@@ -23,20 +25,20 @@ struct Cope {
             Vector gate = choose(block >= Vector{}, 1.0f / (1.0f + small), small / (1.0f + small));
             for (Int lane = 0; lane < wide && open; ++lane) {
                 total += gate[lane];
-                open = total <= float(last);
+                open = total <= double(last);
                 if (!open) break;
                 gates[count] = gate[lane];
-                sums[count] = total;
+                below[count] = Int(total);
+                parts[count] = float(total - double(below[count]));
                 ++count;
             }
         }
         reached = count;
         for (Int each = 0; each < count; ++each) {
-            Int below = Int(sums[each]);
-            float part = sums[each] - float(below);
-            float slope = part > 0 ? products[below + 1] - products[below] : 0;
+            Int place = below[each];
+            float part = parts[each], slope = part > 0 ? products[place + 1] - products[place] : 0;
             slopes[each] = slope;
-            scores[row.to - 1 - each - row.base] += products[below] + part * slope;
+            scores[row.to - 1 - each - row.base] += products[place] + part * slope;
         }
         float beyond = products[last];
         Int stop = row.to - count, key = row.from;
@@ -55,10 +57,10 @@ struct Cope {
         products[last] += beyond + sum(many);
         for (Int each = reached - 1; each >= 0; --each) {  // from the farthest key to the row's own
             float& own = gradient[row.to - 1 - each - row.base];
-            Int below = Int(sums[each]);
-            float part = sums[each] - float(below), gate = gates[each];
-            products[below] += own * (1 - part);
-            if (part > 0) products[below + 1] += own * part;
+            Int place = below[each];
+            float part = parts[each], gate = gates[each];
+            products[place] += own * (1 - part);
+            if (part > 0) products[place + 1] += own * part;
             through += own * slopes[each];
             own += through * gate * (1 - gate);
         }

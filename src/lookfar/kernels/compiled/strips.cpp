@@ -162,8 +162,8 @@ struct Work {
         return (strip.batch * call.heads + head) * call.queries + strip.query + each;
     }
 
-    // Weights, not yet divided by their sum, in place of the final scores; the log-sum-exp; gives what to multiply by.
-    float softmax(const Row& row, Int columns, float* scores, float* logsumexp) const {
+    // Weights, not yet divided by their sum, in place of the final scores; gives what to multiply them by.
+    float softmax(const Row& row, Int columns, float* scores) const {
         hide(row, 0, columns, scores);
         Vector most = all(HIDDEN);
         for (Int key = 0; key < columns; key += LANES) most = larger(most, load(scores + key));
@@ -176,8 +176,9 @@ struct Work {
             total += weight;
         }
         float whole = sum(total) + (sunk == HIDDEN ? 0.0f : std::exp(sunk - top));
-        *logsumexp = top + std::log(whole);
-        return 1 / whole;
+        Int place = (row.batch * call.heads + row.head) * call.queries + row.query;
+        call.tops[place] = top;
+        return call.shares[place] = 1 / whole;
     }
 };
 
@@ -239,7 +240,7 @@ struct Forward : Hand {
             float* own = weights.get() + each * step;
             if (raw) std::memcpy(raw.get(), own, strip.columns * sizeof(float));
             add(row, each, own, raw.get());
-            divided[each] = work.softmax(row, strip.columns, own, call.logsumexp + work.flat(strip, head, each));
+            divided[each] = work.softmax(row, strip.columns, own);
         }
         give(strip, head, weights.get(), step, divided);
     }
@@ -260,8 +261,7 @@ struct Forward : Hand {
             for (row.head = 0; row.head < call.heads; ++row.head) {
                 float* scores = own + row.head * map_step;
                 if (call.keeps_bias) add_bias(call, row, scores);
-                divided[row.head * strip.rows + each] = work.softmax(
-                    row, strip.columns, scores, call.logsumexp + work.flat(strip, row.head, each));
+                divided[row.head * strip.rows + each] = work.softmax(row, strip.columns, scores);
             }
         }
         for (Int head = 0; head < call.heads; ++head)
@@ -305,17 +305,18 @@ struct Backward : Hand {
             deltas[each] = sum(common);
             if (call.sink)
                 call.sink_gradient[flat] =
-                    -std::exp(*work.sink(strip.batch, head, strip.query + each) - call.logsumexp[flat]) * deltas[each];
+                    -std::exp(*work.sink(strip.batch, head, strip.query + each) - call.tops[flat]) * call.shares[flat] *
+                    deltas[each];
         }
     }
 
     // Final scores to weights, and gradients of the weights to gradients of the final scores.
     void turn(const Row& row, Int start, Int columns, float* scores, float* gradient, Int each) {
         Work::hide(row, start, columns, scores);
-        float logsumexp = call.logsumexp[(row.batch * call.heads + row.head) * call.queries + row.query];
-        float delta = deltas[each];
+        Int place = (row.batch * call.heads + row.head) * call.queries + row.query;
+        float top = call.tops[place], share = call.shares[place], delta = deltas[each];
         for (Int key = 0; key < columns; key += LANES) {
-            Vector weight = exponential(load(scores + key) - logsumexp);
+            Vector weight = exponential(load(scores + key) - top) * share;
             store(scores + key, weight);
             store(gradient + key, weight * (load(gradient + key) - delta));
         }

@@ -31,6 +31,16 @@ static inline Vector load(const float* from) {
 
 static inline void store(float* to, Vector values) { std::memcpy(to, &values, sizeof values); }
 
+typedef double Doubles __attribute__((vector_size(LANES * 8)));
+
+// to[lane] += values[lane], where many small numbers that nearly cancel are added up.
+static inline void add(double* to, Vector values) {
+    Doubles found;
+    std::memcpy(&found, to, sizeof found);
+    found += __builtin_convertvector(values, Doubles);
+    std::memcpy(to, &found, sizeof found);
+}
+
 static inline Vector all(float value) { return Vector{} + value; }
 
 static inline Vector choose(Integers test, Vector yes, Vector no) {
