@@ -41,6 +41,8 @@ ROWS = (0, 4, T - 1)
 SIZES = (1, 3, 7, *[1] * (T - 11))
 WINDOW = 4
 PACKED = "aaaabbbbbbccccccc", "abbab.abba.bacacc"  # a letter for each token, '.' for padding
+NEIGHBOURS = "aaaabbbbbbccccccc", "aaaaaaaaaabbbb..."  # documents that lie whole
+ON_A_GPU = {"dape", "distance", "flex"}  # kernels with tests of their own
 FEW, MANY = 6, 40  # draws of which the mean is taken
 NO_SECOND = ("is not implemented", "once_differentiable")  # what torch says of a kernel without a second derivative
 
@@ -337,6 +339,20 @@ def chunked(expression: str) -> str | None:
 def square_(expression: str) -> str | None:
     """One product a chunk of queries."""
     return kernel("square", expression)
+
+
+@path("strips", KERNELS)
+def strips(expression: str) -> str | None:
+    """Compiled code, in float32 alone: within 1e-5; packed in a window as well."""
+    model, tokens = model_of(expression, dtype="float32"), words(T)
+    agree(results(model, lambda: model(tokens), "strips"), results(model, lambda: model(tokens), "reference"))
+    model, documents = model_of(expression, dtype="float32", window=(WINDOW, None)), numbers(NEIGHBOURS)
+
+    def packed() -> Tensor:
+        return model(tokens, documents=documents)
+
+    agree(results(model, packed, "strips"), results(model, packed, "reference"))
+    return None
 
 
 @path("sdpa", KERNELS)

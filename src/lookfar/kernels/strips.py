@@ -107,7 +107,7 @@ def _parts(sight: Sight, scheme: Scheme) -> dict[str, Tensor]:
     return found
 
 
-def _each(rows: Float[Tensor, "h n"], heads: Heads) -> Float[Tensor, "h n"]:
+def _each(rows: Float[Tensor, "m n"], heads: Heads) -> Float[Tensor, "h n"]:
     """A row for each score head where all maps of a head share one."""
     return rows if len(rows) == heads.score_heads else rows.repeat(heads.maps, 1)
 

@@ -74,8 +74,8 @@ static void bias_backward(const Call& call, const Row& row, const float* gradien
             one += sum(many);
             high += sum(risen);
             Int own = slice * call.pieces + piece - row.head * call.pieces;
-            call.slope_gradient[own] += float(high * rate);
-            call.offset_gradient[own] += float(one);
+            call.slope_gradient[own] += high * rate;
+            call.offset_gradient[own] += one;
             of_rate += high * slope;
         });
         call.rate_gradient[(row.batch * call.heads + row.head) * call.queries + row.query] += float(of_rate);

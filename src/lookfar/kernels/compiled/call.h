@@ -34,8 +34,8 @@ struct Call {
     // backward; each of `parts` slices is filled by one thread
     const float* gradient;  // [b, h, q, v], contiguous
     float *query_gradient, *key_gradient, *value_gradient, *sink_gradient;
-    float *table_gradient, *slope_gradient, *offset_gradient;
-    double* rise_gradient;
+    float* table_gradient;
+    double *slope_gradient, *offset_gradient, *rise_gradient;  // many terms that nearly cancel
     float *rate_gradient, *embedding_gradient;
     float *first_weight_gradient, *first_bias_gradient, *second_weight_gradient, *second_bias_gradient;
     Int parts;

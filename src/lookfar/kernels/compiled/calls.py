@@ -121,8 +121,9 @@ def _backward(
     if asked.table is not None:
         found["table"] = zeros(*maps, asked.table.shape[-1])
     if asked.slope is not None and asked.rise is not None:
-        found |= {"slope": zeros(*maps, asked.slope.shape[1]), "offset": zeros(*maps, asked.slope.shape[1])}
-        found |= {"rise": zeros(*maps, len(asked.rise), dtype=torch.float64), "rate": zeros(batch, heads, queries)}
+        for name in ("slope", "offset", "rise"):
+            found[name] = zeros(*maps, getattr(asked, name).shape[-1], dtype=torch.float64)
+        found["rate"] = zeros(batch, heads, queries)
     if asked.embedding is not None:
         found["embedding"] = zeros(*maps, *asked.embedding.shape)
     for name in ("first_weight", "first_bias", "second_weight", "second_bias"):
@@ -138,7 +139,6 @@ def _backward(
     found["values"] = _by_group(found["values"].sum(0)[..., :value_width], asked.value_head, asked.values.shape[1])
     if asked.rate is not None:
         found["rate"] = found["rate"].sum(1)
-        found["rise"] = found["rise"].sum((0, 1, 2)).float()
     return [
         zeros(0) if each is None or name not in found else _summed(found[name], each.shape)
         for name, each in zip(Asked._fields, asked, strict=True)
@@ -208,4 +208,4 @@ def _by_group(gradient: Float[Tensor, "b h k e"], head: Int32[Tensor, " h"], gro
 
 def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:
     """Summed over the axes in front that the tensor does not have, and those of which it has one."""
-    return gradient.sum_to_size(shape) if gradient.shape != shape else gradient
+    return (gradient.sum_to_size(shape) if gradient.shape != shape else gradient).float()
