@@ -16,9 +16,10 @@ SPAN = 0.01  # seconds of one turn, at least: calls that are shorter are repeate
 
 @dataclass(frozen=True)
 class Time:
-    """How long a call takes: the median of some turns."""
+    """How long a call takes: the median of some turns, and the least of them."""
 
     seconds: float
+    least: float
     repeats: int
 
 
@@ -47,7 +48,7 @@ def turns(
         for name, call in rivals.items():
             if sum(times[name]) * counts[name] < limit:
                 times[name].append(_seconds(call, counts[name], wait))
-    return {name: Time(statistics.median(each), len(each)) for name, each in times.items()}
+    return {name: Time(statistics.median(each), min(each), len(each)) for name, each in times.items()}
 
 
 def _seconds(call: Callable[[], Any], count: int, wait: Callable[[], Any] | None) -> float:

@@ -1,5 +1,6 @@
 """The benchmarks: rivals compute what they are compared in, and rows say how they came about."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from lookfar.attention import reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks are no part of the package
 
-from benchmarks import attention, measure, rivals
+from benchmarks import attention, measure, quick, rivals
 from benchmarks.attention import SCHEMES, Case
 
 pytestmark = [
@@ -104,4 +105,55 @@ def test_rivals_take_turns_until_their_time_is_up():
     with mock.patch.object(measure, "time", SimpleNamespace(perf_counter=lambda: clock[0])):
         times = measure.turns({"quick": takes("quick", 1.0), "slow": takes("slow", 4.0)}, 5, limit=6.0)
     assert order == ["quick", "slow", *["quick", "slow"] * 2, *["quick"] * 3]
-    assert times["quick"] == measure.Time(1.0, 5) and times["slow"] == measure.Time(4.0, 2)
+    assert times["quick"] == measure.Time(1.0, 1.0, 5) and times["slow"] == measure.Time(4.0, 4.0, 2)
+
+
+# The gate
+
+
+def test_nothing_is_slower_within_the_margin():
+    assert quick.slower({"alibi": 1.34, "t5": 0.5}, {"alibi": 1.0, "t5": 1.0, "cope": 9.0}) is None
+
+
+def test_what_became_slower_is_named_with_both_ratios():
+    told = quick.slower({"alibi": 1.0, "kerple": 2.8, "t5": 1.4}, {"alibi": 1.0, "kerple": 2.0, "t5": 1.0})
+    assert "kerple from 2.00 to 2.80" in told and "t5 from 1.00 to 1.40" in told and "alibi" not in told
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf")])
+def test_what_is_no_number_is_slower(ratio):
+    assert "alibi" in quick.slower({"alibi": ratio}, {"alibi": 1.0})
+
+
+def test_what_was_never_committed_is_named():
+    assert "Not in the committed ratios: cope" in quick.slower({"cope": 1.0, "t5": 1.0}, {"t5": 1.0})
+
+
+def gate(monkeypatch, folder, measurements, *arguments):
+    """Exit code of the gate where each run of it finds the next of these ratios, and the runs that were asked for."""
+    asked, each = [], iter(measurements)
+
+    def ratios(schemes):
+        asked.append([*schemes])
+        found = next(each)
+        return {scheme: found.get(scheme, 1.0) for scheme in schemes}
+
+    monkeypatch.setattr(quick, "COMMITTED", folder / "quick.jsonl")
+    monkeypatch.setattr(quick, "ratios", ratios)
+    monkeypatch.setattr(sys, "argv", ["quick", *arguments])
+    return quick.main(), asked
+
+
+def test_the_gate_compares_with_what_it_wrote(monkeypatch, tmp_path, capsys):
+    assert gate(monkeypatch, tmp_path, [])[0] == 1 and "is missing" in capsys.readouterr().out
+    assert gate(monkeypatch, tmp_path, [{"t5": 2.0}], "--update")[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "quick.jsonl").read_text().splitlines()]
+    assert {row["scheme"]: row["ratio_to_causal"] for row in rows} == {**dict.fromkeys(quick.SCHEMES, 1.0), "t5": 2.0}
+    assert gate(monkeypatch, tmp_path, [{"t5": 2.6}])[0] == 0
+
+
+def test_the_gate_measures_again_what_seems_slow(monkeypatch, tmp_path, capsys):
+    gate(monkeypatch, tmp_path, [{}], "--update")
+    code, asked = gate(monkeypatch, tmp_path, [{"t5": 2.0, "cope": 3.0}, {"t5": 1.1, "cope": 2.0}, {"cope": 5.0}])
+    assert asked == [[*quick.SCHEMES], ["t5", "cope"], ["cope"]]
+    assert code == 1 and "cope from 1.00 to 2.00." in capsys.readouterr().out
