@@ -30,8 +30,8 @@ class Flex(Kernel):
     """Compiles one score function, `table[head, distance]`, for all biases by distance.
 
     The table, the documents and the place of the first query are captured tensors, so that neither another method nor
-    another length is compiled anew. Blocks of keys that no query of a block sees are never computed. A sink is an
-    epilogue on the log-sum-exp. The gradient of the table is summed by atomic additions, in no fixed order.
+    (on a GPU) another length is compiled anew. Blocks of keys that no query of a block sees are never computed. A sink
+    is an epilogue on the log-sum-exp. The gradient of the table is summed by atomic additions, in no fixed order.
     """
 
     def __init__(self, *, compiled: bool = True) -> None:
@@ -99,13 +99,16 @@ class Flex(Kernel):
         if torch.compiler.is_compiling() or not self.compiled:
             return flex_attention(queries, keys, values, **given)
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-            return _compiled()(queries, keys, values, **given)
+            return _compiled(queries.device.type)(queries, keys, values, **given)
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    """Compiled for any length; one graph or an error, never the full square in silence."""
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+def _compiled(device: str) -> Callable[..., Any]:
+    """One graph or an error, never the full square in silence; for any length, on a CPU for each length anew.
+
+    Torch's code for a CPU names no size of a document's tensor in a graph for any length and does not compile.
+    """
+    return torch.compile(flex_attention, dynamic=device != "cpu", fullgraph=True)
 
 
 def _power_of_two(count: int) -> bool:
@@ -120,20 +123,20 @@ def _filled(rows: Float[Tensor, "b h t w"]) -> Float[Tensor, "b h t p"]:
 
 def _score_mod(sight: Sight, scheme: Scheme, batch: int) -> Scored | None:
     """Soft-cap, then the bias from a table that holds every distance there is."""
-    cap = scheme.soft_cap
+    capped = _capped(scheme.soft_cap)
     if not scheme.biases:
-        return None if cap is None else lambda score, b, h, q, k: cap * torch.tanh(score / cap)
+        return None if scheme.soft_cap is None else lambda score, b, h, q, k: capped(score)
     device, steady = sight.key_positions.device, sight.steady
     first = sight.first_query - sight.first_key
     low, high = (first + 1 - sight.keys, first + sight.queries) if steady else (-sight.longest, sight.longest + 1)
     table = scheme.table(torch.arange(low, high, device=device)).contiguous()  # h n
     shift = _number((first if steady else 0) - low, device)
     if steady:
-        return lambda score, b, h, q, k: _capped(score, cap) + table[h, q - k + shift]
+        return lambda score, b, h, q, k: capped(score) + table[h, q - k + shift]
     asked, known = (
         each.to(torch.int32).expand(batch, -1).contiguous() for each in (sight.query_positions, sight.key_positions)
     )
-    return lambda score, b, h, q, k: _capped(score, cap) + table[h, asked[b, q] - known[b, k] + shift]
+    return lambda score, b, h, q, k: capped(score) + table[h, asked[b, q] - known[b, k] + shift]
 
 
 def _number(value: int, device: torch.device) -> Tensor:
@@ -141,8 +144,8 @@ def _number(value: int, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.int32, device=device)
 
 
-def _capped(score: Tensor, cap: float | None) -> Tensor:
-    return score if cap is None else cap * torch.tanh(score / cap)
+def _capped(cap: float | None) -> Callable[[Tensor], Tensor]:
+    return (lambda score: score) if cap is None else (lambda score: cap * torch.tanh(score / cap))
 
 
 def _block_mask(sight: Sight, batch: int) -> BlockMask | None:
@@ -183,25 +186,23 @@ def _masked(
 
 
 def _seen(order: Order, documents: tuple[Tensor, Tensor] | None, device: torch.device) -> Seen:
-    """`Sight.visible` for one pair, by the index of query and key."""
+    """`Sight.visible` for one pair, by the index of query and key. Lambdas: the compiler takes no checked functions."""
     first, window = _number(order[2], device), _number(order[3], device)
-    windowed, ahead = order[3] > 0, order[4]
-
-    def by_order(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        behind = q + first - k
-        if ahead:
-            return behind.abs() < window if windowed else behind == behind
-        return (behind >= 0) & (behind < window) if windowed else behind >= 0
-
+    by_order = _seen_by_order(first, window if order[3] else None, order[4])
     if documents is None:
         return by_order
     asked, known = documents
+    return lambda b, h, q, k: (
+        (by_order(b, h, q, k) & (asked[b, q] == known[b, k]) & (known[b, k] >= 0)) | (q + first == k)
+    )
 
-    def by_document(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = known[b, k]
-        return (by_order(b, h, q, k) & (asked[b, q] == own) & (own >= 0)) | (q + first == k)
 
-    return by_document
+def _seen_by_order(first: Tensor, window: Tensor | None, ahead: bool) -> Seen:
+    if window is None:
+        return (lambda b, h, q, k: k == k) if ahead else (lambda b, h, q, k: q + first >= k)
+    if ahead:
+        return lambda b, h, q, k: (q + first - k).abs() < window
+    return lambda b, h, q, k: (q + first >= k) & (q + first - k < window)
 
 
 def _blocks(
