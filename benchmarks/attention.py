@@ -92,8 +92,13 @@ def run(
     return rows
 
 
-def compare(cases: Sequence[Case], repeats: int, *, memory: bool = True) -> list[dict[str, Any]]:
-    """Time cases of one size and pass in turns, together with plain causal attention; a row for each."""
+def compare(
+    cases: Sequence[Case], repeats: int, *, memory: bool = True, limit: float | None = None
+) -> list[dict[str, Any]]:
+    """Time cases of one size and pass in turns, together with plain causal attention; a row for each.
+
+    A rival that has taken `limit` seconds takes no further turn.
+    """
     torch.compiler.reset()
     base = replace(cases[0], scheme="nope", implementation=BASE)
     calls = {}
@@ -105,7 +110,7 @@ def compare(cases: Sequence[Case], repeats: int, *, memory: bool = True) -> list
             calls.pop(case)
             print(f"{case} needs more memory than there is; it is left out.", file=sys.stderr)
     wait = torch.cuda.synchronize if base.device == "cuda" else None
-    times = measure.turns(calls, repeats, limit=LIMIT[base.device], wait=wait)
+    times = measure.turns(calls, repeats, limit=limit or LIMIT[base.device], wait=wait)
     calls.clear()
     return [_row(case, times[case], times[base], memory) for case in times]
 
@@ -133,9 +138,9 @@ def _row(case: Case, time: measure.Time, base: measure.Time, memory: bool) -> di
 
 def prepare(case: Case) -> Callable[[], Any]:
     """A call without arguments that does what a case says, once."""
-    scheme, sight = case.build(), _sight(case)
-    queries, keys, values, inputs = _tensors(case, scheme)
-    attend, learned = _implementation(case, scheme, sight, inputs)
+    scheme, seen = case.build(), sight(case)
+    queries, keys, values, inputs = tensors(case, scheme)
+    attend, learned = _implementation(case, scheme, seen, inputs)
 
     def forward() -> Tensor:
         with torch.inference_mode():
@@ -159,20 +164,20 @@ def _with_rivals(case: Case) -> list[Case]:
 
 
 def _implementation(
-    case: Case, scheme: Scheme, sight: Sight, inputs: Tensor
+    case: Case, scheme: Scheme, seen: Sight, inputs: Tensor
 ) -> tuple[rivals.Attends, list[torch.nn.Parameter]]:
     """How a case attends, encodings and merge included, and what is learned in it."""
     if case.implementation == BASE:
         return rivals.plain, []
     if case.implementation in rivals.RIVALS:
-        return rivals.RIVALS[case.implementation](scheme, sight)
+        return rivals.RIVALS[case.implementation](scheme, seen)
     kernel = "reference" if case.implementation == "eager square" else case.implementation.partition(" ")[2] or None
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        queries = scheme.queries(queries, sight.query_positions)
+        queries = scheme.queries(queries, seen.query_positions)
         if case.step != "decode":  # a cache holds encoded keys
-            keys = scheme.keys(keys, sight.key_positions)
-        return scheme.merge(kernels.attend(queries, keys, values, sight, scheme, kernel), inputs)
+            keys = scheme.keys(keys, seen.key_positions)
+        return scheme.merge(kernels.attend(queries, keys, values, seen, scheme, kernel), inputs)
 
     return attend, [*scheme.parameters()]
 
@@ -182,16 +187,17 @@ def _kernel(case: Case, scheme: Scheme) -> str | None:
     if not case.implementation.startswith("lookfar"):
         return None
     with torch.set_grad_enabled(case.step == "forward+backward"):
-        call = Call.of(*_tensors(case, scheme)[:3], _sight(case), scheme)
+        call = Call.of(*tensors(case, scheme)[:3], sight(case), scheme)
     chosen = (name for name, reason in kernels.explain(scheme, call) if reason is None)
     return case.implementation.partition(" ")[2] or next(chosen)
 
 
-def _sight(case: Case) -> Sight:
+def sight(case: Case) -> Sight:
+    """Who sees whom: plain causal sight, by a single query in decoding."""
     return Sight.causal(case.length, queries=1 if case.step == "decode" else None, device=case.device)
 
 
-def _tensors(case: Case, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(case: Case, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values and the inputs of the layer, drawn from one seed."""
     heads, asked = scheme.heads, 1 if case.step == "decode" else case.length
     options: dict[str, Any] = {"device": case.device, "dtype": getattr(torch, case.dtype)}

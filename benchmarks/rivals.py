@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lookfar.attention.scheme import Scheme
@@ -22,7 +23,10 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Torch's fused attention: causal, or one query that sees all keys."""
+    """Torch's fused attention: causal, or one query that sees all keys; on a GPU in 16 bits FlashAttention-2."""
+    if queries.is_cuda and queries.dtype.itemsize == 2:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=queries.shape[2] > 1)
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=queries.shape[2] > 1)
 
 

@@ -30,8 +30,8 @@ NAMED = [
 
 
 def given(case):
-    scheme, sight = case.build(), attention._sight(case)
-    return scheme, sight, attention._tensors(case, scheme)[:3]
+    scheme, sight = case.build(), attention.sight(case)
+    return scheme, sight, attention.tensors(case, scheme)[:3]
 
 
 @pytest.mark.parametrize(("expression", "name"), NAMED)
