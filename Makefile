@@ -6,7 +6,7 @@ PIP_FLAGS ?=
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo test test-long check bench soak docs clean
+.PHONY: setup demo test test-long check bench bench-quick gpu soak docs clean
 
 setup: $(READY)
 
@@ -32,6 +32,13 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks --folder results/cpu
+
+bench-quick: $(READY)
+	$(BIN)/python -m benchmarks.quick
+
+gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --folder results/gpu
+	$(BIN)/python -m pytest -m gpu
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py --kills 200

@@ -1,21 +1,25 @@
 """Runs all benchmarks on this machine:  python -m benchmarks --folder results/cpu  (or `make bench`).
 
-Every ratio comes from one run in which the rivals take turns; a figure is the median of its repeats.
+Every ratio comes from one run in which the rivals take turns; a figure is the median of its repeats. What attention
+itself costs can be measured on a GPU, too, and at other lengths:
+
+    python -m benchmarks --only attention --device cuda --dtype bfloat16 --lengths 2048 8192
 """
 
 import argparse
-import platform
+import inspect
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import lookfar
-from benchmarks import checkpoints, decoding, score_maps, sliding, tokenization, training_steps
+from benchmarks import attention, checkpoints, decoding, machine, score_maps, sliding, tokenization, training_steps
 from lookfar import files
 
 PARTS = {
+    "attention": attention,
     "training_steps": training_steps,
     "score_maps": score_maps,
     "decoding": decoding,
@@ -23,6 +27,7 @@ PARTS = {
     "sliding": sliding,
     "tokenization": tokenization,
 }
+CHOICES = ("device", "dtype", "lengths", "schemes")  # options of some parts alone
 
 
 def main() -> None:
@@ -32,34 +37,37 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    choices = parser.add_argument_group("parts that have them")
+    choices.add_argument("--device", choices=("cpu", "cuda"))
+    choices.add_argument("--dtype", choices=("float32", "bfloat16"))
+    choices.add_argument("--lengths", type=int, nargs="+", help="tokens")
+    choices.add_argument("--schemes", nargs="+", help="expressions")
     options = parser.parse_args()
+    if options.device == "cuda" and (reason := machine.without_cuda()):
+        sys.exit(reason)
     torch.set_num_threads(options.threads)
-    machine = {
-        "processor": _processor(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "lookfar": lookfar.__version__,
-        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}".strip(),
-    }
-    for name in options.only or PARTS:
-        rows = [{**row, **machine} for row in PARTS[name].run(options.repeats)]
+    given = {key: value for key in CHOICES if (value := getattr(options, key)) is not None}
+    names = options.only or list(PARTS)
+    for name in names:
+        if foreign := [f"--{key}" for key in given if key not in _settings(name)]:
+            parser.error(f"{name} has no {' and no '.join(foreign)}; choose the parts that do with --only.")
+    facts = machine.facts(options.device or "cpu", f"python -m benchmarks {shlex.join(sys.argv[1:])}")
+    for name in names:
+        rows = [{**row, **facts} for row in PARTS[name].run(options.repeats, **given)]
         print(f"\n{name}")
         for row in rows:
-            print("  " + "  ".join(f"{key} {_spell(row[key])}" for key in row if key not in machine))
+            print("  " + "  ".join(f"{key} {_spell(row[key])}" for key in row if key not in facts))
         if options.folder:
             options.folder.mkdir(parents=True, exist_ok=True)
             files.write_lines(options.folder / f"{name}.jsonl", rows)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+def _settings(name: str) -> list[str]:
+    """What a part can be told beside its repeats."""
+    return list(inspect.signature(PARTS[name].run).parameters)
 
 
-def _spell(value: object) -> str:
+def _spell(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,11 +1,26 @@
-"""Medians of rivals that take turns, and the peak memory of one call in a process of its own."""
+"""Medians of rivals that take turns, and the peak memory of one call."""
 
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+
+Name = TypeVar("Name", bound=Hashable)
+SPAN = 0.01  # seconds of one turn, at least: calls that are shorter are repeated within it
+
+
+@dataclass(frozen=True)
+class Time:
+    """How long a call takes: the median of some turns, and the least of them."""
+
+    seconds: float
+    least: float
+    repeats: int
 
 
 def seconds(rivals: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -18,6 +33,43 @@ def seconds(rivals: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
             if turn:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def turns(
+    rivals: Mapping[Name, Callable[[], Any]], repeats: int, *, limit: float, wait: Callable[[], Any] | None = None
+) -> dict[Name, Time]:
+    """The median time of each rival; they take turns, each until it has had `repeats` or has taken `limit` seconds.
+
+    Every rival has a first call that is not counted. `wait` returns when a device has done all that it was given.
+    """
+    counts = {name: max(1, min(100, round(SPAN / _seconds(call, 1, wait)))) for name, call in rivals.items()}
+    times: dict[Name, list[float]] = {name: [] for name in rivals}
+    for _ in range(repeats):
+        for name, call in rivals.items():
+            if sum(times[name]) * counts[name] < limit:
+                times[name].append(_seconds(call, counts[name], wait))
+    return {name: Time(statistics.median(each), min(each), len(each)) for name, each in times.items()}
+
+
+def _seconds(call: Callable[[], Any], count: int, wait: Callable[[], Any] | None) -> float:
+    if wait:
+        wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    if wait:
+        wait()
+    return (time.perf_counter() - started) / count
+
+
+def peak_memory_on_gpu(call: Callable[[], Any]) -> int:
+    """Bytes that one call adds at its peak to what is allocated on the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int:

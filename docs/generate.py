@@ -1,10 +1,12 @@
-"""Writes what is generated: the catalogue in README.md and a page for each method (`make docs`).
+"""Writes what is generated: the catalogue in README.md, a page for each method, and benchmarks.md (`make docs`).
 
 With `--check` nothing is written, and the exit code says whether everything is up to date.
 """
 
 import sys
 from pathlib import Path
+
+import benchmarks  # the script beside this one
 
 from lookfar import plugins
 from lookfar.cli.methods import page
@@ -35,6 +37,8 @@ def _pages() -> list[tuple[Path, str]]:
     pages = [(readme, f"{before}{BEGIN}\n\n{catalogue.markdown('docs/methods/')}\n\n{END}{after}")]
     for name in ["nope", *plugins.names("methods")]:
         pages.append((ROOT / "docs" / "methods" / f"{name}.md", f"# {name}\n\n```text\n{page(name)}\n```\n"))
+    if benchmarks.measured():
+        pages.append((benchmarks.PAGE, benchmarks.page()))
     return pages
 
 

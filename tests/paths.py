@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import flex_attention
 
 import lookfar
 from lookfar.batch import consecutive
@@ -42,7 +43,7 @@ SIZES = (1, 3, 7, *[1] * (T - 11))
 WINDOW = 4
 PACKED = "aaaabbbbbbccccccc", "abbab.abba.bacacc"  # a letter for each token, '.' for padding
 NEIGHBOURS = "aaaabbbbbbccccccc", "aaaaaaaaaabbbb..."  # documents that lie whole
-ON_A_GPU = {"dape", "distance", "flex"}  # kernels with tests of their own
+ON_A_GPU = {"dape", "distance"}  # kernels with tests of their own
 FEW, MANY = 6, 40  # draws of which the mean is taken
 NO_SECOND = ("is not implemented", "once_differentiable")  # what torch says of a kernel without a second derivative
 
@@ -389,6 +390,33 @@ def slots_(expression: str) -> str | None:
     with cut_small():
         agree(results(model, together, "slots"), results(model, lambda: slots_alone(model, tokens), "reference"))
     return None
+
+
+@path("flex", KERNELS)
+def flex(expression: str) -> str | None:
+    """FlexAttention without its compiler: logits in float32, which are all that it gives on a CPU."""
+    model, tokens, documents = model_of(expression, dtype="float32"), words(T), numbers(PACKED)
+    window = model_of(expression, dtype="float32", window=(WINDOW, None))
+    cases = [lambda: model(tokens), lambda: window(tokens, documents=documents)]
+    for each, run in zip((model, window), cases, strict=True):
+        with torch.no_grad(), by(each, "reference"):
+            try:
+                expected = run()
+            except UserError:  # the method's own, of documents or windows
+                continue
+        with torch.no_grad(), by(each, "flex"), uncompiled():
+            assert_near(run(), expected)
+    return None
+
+
+@contextmanager
+def uncompiled():
+    """Score functions and masks of FlexAttention are run as they are."""
+    with (
+        mock.patch.object(dispatch._kernel("flex"), "compiled", False),
+        mock.patch.object(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),
+    ):
+        yield
 
 
 def willing(expression: str) -> list[str]:

@@ -16,6 +16,7 @@ LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference")
 SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference")
 SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference")
 SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference")
+GPU = ("sdpa", "row", "flex", "square", "slots", "chunked", "reference")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 
@@ -53,6 +54,8 @@ def preference(call: Call) -> tuple[str, ...]:
     """Kernels in the order in which they are asked."""
     if call.slots:
         return SLOTS
+    if call.device == "cuda":
+        return GPU
     if call.queries == 1 and call.device == "cpu":
         return SINGLE
     short = call.device == "cpu" and call.keys < SHORTEST_FLASH and call.queries > 1
