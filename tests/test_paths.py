@@ -15,7 +15,7 @@ import paths
 from lookfar.attention import reference
 from lookfar.errors import UserError
 from lookfar.sight import Sight
-from paths import GROUPS, KERNELS, PASSES, PATHS, SIGHTS, TYPES
+from paths import GROUPS, KERNELS, ON_A_GPU, PASSES, PATHS, SIGHTS, TYPES
 from test_kernels import KERNELS as BUILT
 from test_kernels import Shape, leaves, scheme_of
 from test_laws import ALONE, CHOICES, METHODS, PAIRS, one_thread, tensors, words  # noqa: F401  # a fixture
