@@ -228,12 +228,23 @@ class Cluster:
 def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monkeypatch):
     cluster = Cluster(deaths=["alibi-s3"])
     monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     failed = run_study(a_study(), tmp_path, Watching(), workers=3, on="ray")
     assert failed == {"alibi-s3": "Its worker died twice (ConnectionError)."} and not cluster.open
     assert cluster.options == [{"num_cpus": 2, "max_retries": 1}]
     cluster.deaths = ()
     assert run_study(a_study(), tmp_path, Watching(), on="ray") == {}
     assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(a_study, tmp_path, monkeypatch, address):
+    cluster = Cluster()
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS='.*:1'; correct it, or unset it"):
+        run_study(a_study(), tmp_path, Watching(), on="ray")
+    assert not list(tmp_path.glob("*/run.toml"))
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lookfar.errors import UserError
 from lookfar.study.work import Job, do, from_plain
@@ -105,15 +107,23 @@ def imported() -> Any:
 
 def _join(ray: Any) -> None:
     """Join the cluster of RAY_ADDRESS, or start one of this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
     before = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS")
+    except OSError as error:  # of the network
         raise UserError(f"No Ray cluster answers at RAY_ADDRESS={address!r}; correct it, or unset it.") from error
     finally:
         with suppress(ValueError):  # only the main thread hears signals
             signal.signal(signal.SIGTERM, before)  # Ray takes it for itself
+
+
+def _knock(address: str) -> None:
+    """Raise an `OSError` where nobody listens: Ray would ask again for a quarter of an hour."""
+    place = urlsplit(address if "//" in address else f"//{address}")
+    if place.hostname and place.port:  # not a word such as `auto`
+        socket.create_connection((place.hostname, place.port), timeout=10).close()
 
 
 @contextmanager
