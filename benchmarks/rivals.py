@@ -98,7 +98,7 @@ RIVALS: dict[str, Rival] = {"sdpa dense bias": dense_bias, "FlexAttention": flex
 def _score_mod(bias: ScoreBias) -> ScoreMod:
     """The formula of a bias, as one would write it for FlexAttention."""
     if isinstance(bias, Alibi):
-        slopes = bias.slopes[0]
+        slopes = bias.slopes[0].clone()  # the compiler drops the gradient of a captured view
         return lambda score, b, h, q, k: score - slopes[h] * (q - k)
     if isinstance(bias, Kerple):
         amplitude, rate = FLOOR + F.softplus(bias.amplitude), FLOOR + F.softplus(bias.rate)

@@ -17,7 +17,7 @@ from lookfar.kernels.base import Call
 from lookfar.kernels.dispatch import preference
 from lookfar.kernels.flex import Flex
 from lookfar.sight import Sight
-from test_kernels import SHAPES, Shape, scheme_of, wide
+from test_kernels import SHAPES, Shape, results, scheme_of, wide
 from test_laws import one_thread, tensors  # noqa: F401  # the fixture works by its name
 from tolerance import assert_as_good, assert_near
 
@@ -49,6 +49,13 @@ LONGER = {
     "three blocks both ways": Shape(300, ahead=True, window=131),
 }
 ALL = {**SHAPES, **LONGER}
+GRADIENTS = [
+    "thirteen",
+    "three blocks",
+    "three blocks, interleaved",
+    "prefill chunk in a window",
+    "both ways in a window",
+]
 COMPILED = ["three blocks", "three blocks, interleaved", "decode", "prefill chunk in a window", "both ways"]
 
 BY_COMPILER = [
@@ -98,6 +105,42 @@ def test_flex_is_the_definition(expression, place, in_python):
 @pytest.mark.parametrize("expression", ["nope", "kerple + stable_mask", "t5 + differential"])
 def test_flex_is_the_definition_in_bfloat16(expression, in_python):
     compare(Flex(compiled=False), expression, [*ALL.values()], torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at all inputs
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "nope",
+        "alibi(learned=true)",
+        "t5 + learned_sink",
+        "kerple + stable_mask",
+        "kerple + differential",
+        "t5 + differential_v2",
+    ],
+)
+def test_gradients_through_the_graph_of_a_gpu_are_the_definitions(expression, monkeypatch):
+    """One graph for any length, as on a GPU, its operators run by torch one after another, forward and backward."""
+    torch.compiler.reset()
+    compiled = torch.compile(torch_flex.flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)  # no backward is compiled for a CPU
+    monkeypatch.setattr(flex, "_compiled", lambda device: compiled)
+    for place in GRADIENTS:
+        shape = replace(ALL[place], heads=4, groups=2, batch=2)
+        scheme, sight = scheme_of(expression, shape).double(), shape.sight()
+        given = tensors(scheme, shape.tokens, shape.batch, shape.queries)
+        expected = results(reference.attend, given, sight, scheme)
+        for what, value in results(Flex().attend, given, sight, scheme).items():
+            assert_near(value, expected[what], f"{what}, {place}")
+
+
+def test_no_captured_table_is_a_view():
+    """Torch's compiler drops the gradient of a captured view, without a word."""
+    for expression in ("kerple", "t5", "alibi(learned=true)", "t5 + differential_v2(share_bias=true)"):
+        scheme = scheme_of(expression, Shape(13))
+        score_mod = flex._score_mod(Sight.causal(13), scheme, 1)
+        (table,) = (cell.cell_contents for cell in score_mod.__closure__ if getattr(cell.cell_contents, "ndim", 0) == 2)
+        assert table.requires_grad and not table._is_view() and table.is_contiguous()
 
 
 @torch.no_grad()

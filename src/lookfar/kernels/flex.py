@@ -129,7 +129,8 @@ def _score_mod(sight: Sight, scheme: Scheme, batch: int) -> Scored | None:
     device, steady = sight.key_positions.device, sight.steady
     first = sight.first_query - sight.first_key
     low, high = (first + 1 - sight.keys, first + sight.queries) if steady else (-sight.longest, sight.longest + 1)
-    table = scheme.table(torch.arange(low, high, device=device)).contiguous()  # h n
+    table = scheme.table(torch.arange(low, high, device=device))
+    table = table.clone(memory_format=torch.contiguous_format)  # the compiler drops the gradient of a captured view
     shift = _number((first if steady else 0) - low, device)
     if steady:
         return lambda score, b, h, q, k: capped(score) + table[h, q - k + shift]
