@@ -1,11 +1,22 @@
 """Attention with a bias by distance for a few queries: keys are divided among programs, whose parts are then merged."""
+# ruff: noqa: N803  # capitals are constants of a program, as Triton's users write them
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_tiles import PAD, rows_of, score_head_of, scored, seen
+from lookfar.kernels.programs.distance_blocks import DECODE, Blocks, of_kind
+from lookfar.kernels.programs.distance_tiles import (
+    PAD,
+    looked_up,
+    rows_of,
+    sample,
+    sampled,
+    score_head_of,
+    scored,
+    seen,
+)
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -94,7 +105,7 @@ def decode(
         key = rows_of(keys, each, stride_kt, given, WIDTH, BLOCK_E, True)
         scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
         if table is not None:
-            scores += tl.load(table + (places[:, None] - each[None, :]))
+            scores += looked_up(table, places[:, None], each[None, :], given)
         of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
         visible = seen(
             places[:, None],
@@ -167,3 +178,21 @@ def merge(
     given = tl.sum(weights[:, None] * part, 0) / whole
     at = output + line * stride_ob + head * stride_oh + number * stride_ot + columns
     tl.store(at, given.to(output.dtype.element_ty), mask=columns < VALUE_WIDTH)
+
+
+def samples() -> list[Sample]:
+    """Every type and width, plain and with all that can be added; and one merge."""
+    found = []
+    for words, kind, constants in sampled():
+        blocks = of_kind(DECODE, kind, constants)
+        for added in ("plain", "biased, window, documents"):
+            tensors = dict.fromkeys(("queries", "keys", "values"), f"*{kind}")
+            tensors |= dict.fromkeys(("parts", "tops", "totals"), "*fp32")
+            tensors |= dict.fromkeys(("table", "first_seen", "query_documents", "key_documents"))
+            if "documents" in added:
+                tensors |= {"table": "*fp32", "first_seen": "*i32"}
+            shape = {"WINDOWED": "window" in added, "BLOCK_R": 16, "BLOCK_K": blocks.keys}
+            found.append(sample(f"distance decode, {words}, {added}", decode, tensors, constants | shape, blocks))
+    tensors = dict.fromkeys(("parts", "tops", "totals", "sink"), "*fp32") | {"output": "*bf16"}
+    constants = {"HEADS": 8, "VALUE_WIDTH": 128, "BLOCK_V": 128, "BLOCK_S": 64}
+    return [*found, sample("distance decode, merge", merge, tensors, constants, Blocks(0, 0))]

@@ -1,11 +1,13 @@
 """Attention with a bias by distance, forward: one program for a block of queries of one head."""
+# ruff: noqa: N803, N806  # capitals are constants of a program, as Triton's users write them
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_tiles import PAD, key_head_of, rows_of, scored, seen
+from lookfar.kernels.programs.distance_blocks import FORWARD, of_kind
+from lookfar.kernels.programs.distance_tiles import PAD, key_head_of, looked_up, rows_of, sample, sampled, scored, seen
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -50,7 +52,7 @@ def _tiles(
         key = rows_of(keys, each, stride_kt, given, WIDTH, BLOCK_E, CHECKED)
         scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
         if BIASED:
-            scores += tl.load(table + (places[:, None] - each[None, :]))
+            scores += looked_up(table, places[:, None], each[None, :], given)
         if CHECKED:
             of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
             visible = seen(
@@ -211,3 +213,19 @@ def forward(
     tl.store(at, (gathered / total[:, None]).to(output.dtype.element_ty), mask=kept)
     row = (line * HEADS * MAPS + head) * queries_count
     tl.store(logsumexp + row + numbers, top + tl.log2(total), mask=real)
+
+
+def samples() -> list[Sample]:
+    """Every type and width, with a bias, and with a sink, a window and documents, too."""
+    found = []
+    for words, kind, constants in sampled():
+        blocks = of_kind(FORWARD, kind, constants)
+        for added in ("biased", "biased, sink, window, documents"):
+            tensors = dict.fromkeys(("queries", "keys", "values", "output"), f"*{kind}")
+            tensors |= {"logsumexp": "*fp32", "table": "*fp32", "sink": None}
+            tensors |= dict.fromkeys(("first_seen", "query_documents", "key_documents"))
+            if "sink" in added:
+                tensors |= {"sink": "*fp32", "first_seen": "*i32"}
+            shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            found.append(sample(f"distance forward, {words}, {added}", forward, tensors, constants | shape, blocks))
+    return found

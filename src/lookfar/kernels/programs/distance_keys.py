@@ -1,11 +1,23 @@
 """Attention with a bias by distance, backward: gradients of keys and values, summed over the heads that share them."""
+# ruff: noqa: N803, N806  # capitals are constants of a program, as Triton's users write them
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_tiles import PAD, rows_of, score_head_of, scored, seen, slope_of
+from lookfar.kernels.programs.distance_blocks import BACKWARD_KEYS, of_kind
+from lookfar.kernels.programs.distance_tiles import (
+    PAD,
+    looked_up,
+    rows_of,
+    sample,
+    sampled,
+    score_head_of,
+    scored,
+    seen,
+    slope_of,
+)
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -58,7 +70,7 @@ def _tiles(
         scores = scored(tl.dot(key, asked.T, input_precision=PRECISION), inner, outer, CAPPED)  # k q
         slope = slope_of(scores, outer, CAPPED)
         if BIASED:
-            scores += tl.load(table + (places[None, :] - each[:, None]))
+            scores += looked_up(table, places[None, :], each[:, None], queries_count)
         if CHECKED:
             first = tl.load(first_seen + numbers, mask=real, other=0) if BOUNDED else numbers
             of_queries = tl.load(query_documents + numbers, mask=real, other=-1) if SCATTERED else numbers
@@ -179,7 +191,7 @@ def backward_keys(
         open_to = open_from if SCATTERED else tl.maximum(clear // BLOCK_Q * BLOCK_Q, open_from)
     found_keys = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
     found_values = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for turn in range(0, HEADS * MAPS // key_heads):
+    for turn in range(HEADS * MAPS // key_heads):
         head = score_head_of(key_head, turn, HEADS, GROUPS, OWN_KEYS)
         row = (line * HEADS * MAPS + head) * queries_count
         for part in tl.static_range(3):  # the diagonal; what all see; the edge of the window or document
@@ -228,3 +240,20 @@ def backward_keys(
     at = of_values + line * stride_wb + key_head * stride_wh + each[:, None] * stride_wt + columns[None, :]
     kept = real[:, None] & (columns[None, :] < VALUE_WIDTH)
     tl.store(at, found_values.to(of_values.dtype.element_ty), mask=kept)
+
+
+def samples() -> list[Sample]:
+    """Every type and width, with a bias, and in a window and documents."""
+    found = []
+    for words, kind, constants in sampled():
+        blocks = of_kind(BACKWARD_KEYS, kind, constants)
+        for added in ("biased", "biased, window, documents"):
+            tensors = dict.fromkeys(("queries", "keys", "values", "gradient", "of_keys", "of_values"), f"*{kind}")
+            tensors |= {"logsumexp": "*fp32", "towards_rows": "*fp32", "table": "*fp32"}
+            tensors |= dict.fromkeys(("first_seen", "last_seen", "query_documents", "key_documents"))
+            if "documents" in added:
+                tensors |= {"first_seen": "*i32", "last_seen": "*i32"}
+            shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            name = f"distance backward of keys, {words}, {added}"
+            found.append(sample(name, backward_keys, tensors, constants | shape, blocks))
+    return found

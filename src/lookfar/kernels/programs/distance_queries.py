@@ -1,11 +1,23 @@
 """Attention with a bias by distance, backward: gradients of queries and of the table, tile by tile along the keys."""
+# ruff: noqa: N803, N806  # capitals are constants of a program, as Triton's users write them
 
 from typing import no_type_check
 
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_tiles import PAD, key_head_of, rows_of, scored, seen, slope_of
+from lookfar.kernels.programs.distance_blocks import BACKWARD_QUERIES, of_kind
+from lookfar.kernels.programs.distance_tiles import (
+    PAD,
+    key_head_of,
+    looked_up,
+    rows_of,
+    sample,
+    sampled,
+    scored,
+    seen,
+    slope_of,
+)
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -103,7 +115,7 @@ def _tiles(
         scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
         slope = slope_of(scores, outer, CAPPED)
         if BIASED:
-            scores += tl.load(table + (places[:, None] - each[None, :]))
+            scores += looked_up(table, places[:, None], each[None, :], given)
         if CHECKED:
             of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
             visible = seen(
@@ -327,7 +339,7 @@ def backward_queries(
     if sums is not None:
         own = (tl.program_id(1).to(tl.int64) * programs + program) * (BLOCK_Q // BLOCK_K)
         sums += own * stride_table
-    for turn in range(0, tl.cdiv(blocks, programs)):
+    for turn in range(tl.cdiv(blocks, programs)):
         block = blocks - 1 - (turn * programs + (program if turn % 2 == 0 else programs - 1 - program))
         if block >= 0:
             _block(
@@ -371,3 +383,21 @@ def backward_queries(
                 PRECISION,
             )
             tl.debug_barrier()  # what was added is seen by all threads before they add the next
+
+
+def samples() -> list[Sample]:
+    """Every type and width, with a bias; with the table's gradient; and in a window and documents."""
+    found = []
+    for words, kind, constants in sampled():
+        blocks = of_kind(BACKWARD_QUERIES, kind, constants)
+        for added in ("biased", "learned", "learned, window, documents"):
+            tensors = dict.fromkeys(("queries", "keys", "values", "gradient", "of_queries"), f"*{kind}")
+            tensors |= {"logsumexp": "*fp32", "towards_rows": "*fp32", "table": "*fp32"}
+            tensors |= dict.fromkeys(("first_seen", "query_documents", "key_documents"))
+            tensors |= {"sums": "*fp32" if "learned" in added else None}
+            if "documents" in added:
+                tensors |= {"first_seen": "*i32"}
+            shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            name = f"distance backward of queries, {words}, {added}"
+            found.append(sample(name, backward_queries, tensors, constants | shape, blocks))
+    return found

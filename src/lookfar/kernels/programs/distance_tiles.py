@@ -1,13 +1,18 @@
-"""What the programs of the kernel `distance` share: heads that share keys, scores of a tile, and who sees whom in it."""
+"""What the programs of the kernel `distance` share: heads that share keys, scores, and who sees whom in a tile."""
+# ruff: noqa: N803  # capitals are constants of a program, as Triton's users write them
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import triton
 import triton.language as tl
 
+from lookfar.kernels.programs import distance_blocks
+from lookfar.kernels.programs.distance_blocks import Blocks, power
 from lookfar.kernels.programs.samples import Sample
 
-PAD = tl.constexpr(256)  # entries of a table before distance 0 and after the longest, so that no lookup in a tile is checked
+TYPICAL = [("bf16", 64, 64), ("bf16", 80, 80), ("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 256, 256)]
+TYPICAL += [("fp32", 64, 64), ("fp32", 128, 128), ("fp32", 256, 256)]
+PAD = tl.constexpr(distance_blocks.PAD)
 
 
 @triton.jit
@@ -38,6 +43,21 @@ def rows_of(base, places, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexp
     if WIDTH == BLOCK:
         return tl.load(at)
     return tl.load(at, mask=columns[None, :] < WIDTH, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def looked_up(table, places, keys, given):
+    """The bias of every pair; `places` and `keys` broadcast against one another.
+
+    A tile has few distances: what is loaded comes from the nearest cache, and neighbouring threads share it. Outside
+    of a branch the compiler would stage all pairs in shared memory; in 64 bits it finds that a thread's addresses
+    are one register and constants.
+    """
+    bias = tl.zeros((places - keys).shape, tl.float32)
+    if given > 0:  # always
+        bias = tl.load(table + (places.to(tl.int64) - keys.to(tl.int64)))
+    return bias
 
 
 @triton.jit
@@ -82,6 +102,42 @@ def seen(
         same = (query_documents == key_documents) & (key_documents >= 0)
         visible = visible & (same | (keys == places))
     return visible
+
+
+def sample(
+    name: str, program: Any, tensors: dict[str, str | None], constants: dict[str, Any], blocks: Blocks
+) -> Sample:
+    """A program with the types of its tensors, None where one is not given; numbers are float32 or int32 by name."""
+    numbers = {"inner": "fp32", "outer": "fp32", "scale": "fp32"}
+    types = {
+        name: tensors.get(name) or numbers.get(name, "i32")
+        for name in program.arg_names
+        if name not in constants and tensors.get(name, "") is not None
+    }
+    absent = {name: None for name, kind in tensors.items() if kind is None}
+    return Sample(name, program, types, {**absent, **constants}, blocks.warps, blocks.stages)
+
+
+def sampled() -> list[tuple[str, str, dict[str, Any]]]:
+    """What programs are compiled with: words, the type of numbers, and the constants that all of them have."""
+    cases = []
+    for kind, width, value_width in TYPICAL:
+        constants = {
+            "HEADS": 8,
+            "MAPS": 1,
+            "GROUPS": 2,
+            "OWN_KEYS": False,
+            "WIDTH": width,
+            "VALUE_WIDTH": value_width,
+            "BLOCK_E": power(width),
+            "BLOCK_V": power(value_width),
+            "CAPPED": False,
+            "WINDOWED": False,
+            "SCATTERED": False,
+            "PRECISION": "ieee" if kind == "fp32" else "tf32",
+        }
+        cases.append((f"{kind}, width {width} and {value_width}", kind, constants))
+    return cases
 
 
 def samples() -> list[Sample]:
