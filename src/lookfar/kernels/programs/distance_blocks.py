@@ -23,36 +23,44 @@ class Blocks:
 
 # By the bytes of a number and the width of a head, rounded up; chosen so that an sm_90 holds everything in registers.
 FORWARD = {
-    (2, 64): Blocks(128, 64, 4, 3),
-    (2, 128): Blocks(128, 64, 8, 3),
-    (2, 256): Blocks(128, 64, 8, 2),
-    (4, 64): Blocks(64, 32, 4, 2),
-    (4, 128): Blocks(32, 32, 4, 2),
-    (4, 256): Blocks(16, 32, 4, 2),
+    (2, 64): Blocks(128, 64, 8, 3),
+    (2, 128): Blocks(128, 64, 8, 2),
+    (2, 256): Blocks(128, 32, 8, 2),
+    (4, 64): Blocks(32, 32, 4, 2),
+    (4, 128): Blocks(32, 16, 8, 2),
+    (4, 256): Blocks(16, 16, 8, 2),
 }
 BACKWARD_QUERIES = {
     (2, 64): Blocks(64, 64, 4, 2),
-    (2, 128): Blocks(64, 64, 4, 2),
-    (2, 256): Blocks(64, 64, 8, 1),
+    (2, 128): Blocks(64, 64, 8, 2),
+    (2, 256): Blocks(64, 32, 8, 2),
     (4, 64): Blocks(32, 32, 4, 1),
-    (4, 128): Blocks(32, 32, 4, 1),
-    (4, 256): Blocks(16, 16, 4, 1),
+    (4, 128): Blocks(16, 16, 4, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
+}
+LEARNED = {  # queries and the table: a warp turns a row of 32 numbers by one shuffle
+    (2, 64): Blocks(64, 32, 4, 2),
+    (2, 128): Blocks(64, 32, 4, 2),
+    (2, 256): Blocks(64, 32, 8, 2),
+    (4, 64): Blocks(32, 32, 4, 1),
+    (4, 128): Blocks(16, 16, 4, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
 }
 BACKWARD_KEYS = {
     (2, 64): Blocks(64, 64, 4, 2),
-    (2, 128): Blocks(64, 64, 4, 2),
-    (2, 256): Blocks(64, 64, 8, 1),
+    (2, 128): Blocks(64, 64, 8, 2),
+    (2, 256): Blocks(32, 32, 8, 2),
     (4, 64): Blocks(32, 32, 4, 1),
-    (4, 128): Blocks(32, 32, 4, 1),
-    (4, 256): Blocks(16, 16, 4, 1),
+    (4, 128): Blocks(16, 16, 4, 1),
+    (4, 256): Blocks(16, 16, 8, 1),
 }
 DECODE = {
-    (2, 64): Blocks(16, 64, 4, 3),
-    (2, 128): Blocks(16, 64, 4, 3),
-    (2, 256): Blocks(16, 32, 4, 3),
-    (4, 64): Blocks(16, 32, 4, 2),
-    (4, 128): Blocks(16, 32, 4, 2),
-    (4, 256): Blocks(16, 16, 4, 2),
+    (2, 64): Blocks(0, 64, 4, 3),
+    (2, 128): Blocks(0, 64, 4, 3),
+    (2, 256): Blocks(0, 32, 4, 3),
+    (4, 64): Blocks(0, 32, 4, 2),
+    (4, 128): Blocks(0, 16, 4, 2),
+    (4, 256): Blocks(0, 16, 8, 2),
 }
 
 

@@ -10,6 +10,7 @@ from lookfar.kernels.programs.distance_blocks import DECODE, Blocks, of_kind
 from lookfar.kernels.programs.distance_tiles import (
     PAD,
     looked_up,
+    product,
     rows_of,
     sample,
     sampled,
@@ -103,9 +104,9 @@ def decode(
     for begin in range(start, end, BLOCK_K):
         each = begin + tl.arange(0, BLOCK_K)
         key = rows_of(keys, each, stride_kt, given, WIDTH, BLOCK_E, True)
-        scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
+        scores = scored(product(asked, key.T, None, PRECISION), inner, outer, CAPPED)
         if table is not None:
-            scores += looked_up(table, places[:, None], each[None, :], given)
+            scores += looked_up(table, places[:, None], each[None, :])
         of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
         visible = seen(
             places[:, None],
@@ -125,7 +126,7 @@ def decode(
         weights = tl.exp2(scores - finite[:, None])
         total = total * kept + tl.sum(weights, 1)
         value = rows_of(values, each, stride_vt, given, VALUE_WIDTH, BLOCK_V, True)
-        gathered = tl.dot(weights.to(value.dtype), value, gathered * kept[:, None], input_precision=PRECISION)
+        gathered = product(weights.to(value.dtype), value, gathered * kept[:, None], PRECISION)
         top = higher
     row = ((line * HEADS * MAPS + heads) * queries_count + numbers) * splits + split
     tl.store(tops + row, top, mask=real)

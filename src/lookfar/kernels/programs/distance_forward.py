@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from lookfar.kernels.programs.distance_blocks import FORWARD, of_kind
-from lookfar.kernels.programs.distance_tiles import PAD, key_head_of, looked_up, rows_of, sample, sampled, scored, seen
+from lookfar.kernels.programs.distance_tiles import (
+    PAD,
+    key_head_of,
+    looked_up,
+    product,
+    rows_of,
+    sample,
+    sampled,
+    scored,
+    seen,
+)
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -50,9 +60,9 @@ def _tiles(
     for begin in range(start, stop, BLOCK_K):
         each = begin + tl.arange(0, BLOCK_K)
         key = rows_of(keys, each, stride_kt, given, WIDTH, BLOCK_E, CHECKED)
-        scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
+        scores = scored(product(asked, key.T, None, PRECISION), inner, outer, CAPPED)
         if BIASED:
-            scores += looked_up(table, places[:, None], each[None, :], given)
+            scores += looked_up(table, places[:, None], each[None, :])
         if CHECKED:
             of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
             visible = seen(
@@ -73,7 +83,7 @@ def _tiles(
         weights = tl.exp2(scores - finite[:, None])
         total = total * kept + tl.sum(weights, 1)
         value = rows_of(values, each, stride_vt, given, VALUE_WIDTH, BLOCK_V, CHECKED)
-        gathered = tl.dot(weights.to(value.dtype), value, gathered * kept[:, None], input_precision=PRECISION)
+        gathered = product(weights.to(value.dtype), value, gathered * kept[:, None], PRECISION)
         top = higher
     return gathered, top, total
 

@@ -10,6 +10,7 @@ from lookfar.kernels.programs.distance_blocks import BACKWARD_KEYS, of_kind
 from lookfar.kernels.programs.distance_tiles import (
     PAD,
     looked_up,
+    product,
     rows_of,
     sample,
     sampled,
@@ -67,10 +68,10 @@ def _tiles(
         given_gradient = rows_of(gradient, numbers, stride_gt, queries_count, VALUE_WIDTH, BLOCK_V, True)
         total = tl.load(logsumexp + numbers, mask=real, other=float("inf"))  # rows that are not there weigh nothing
         towards_row = tl.load(towards_rows + numbers, mask=real, other=0.0)
-        scores = scored(tl.dot(key, asked.T, input_precision=PRECISION), inner, outer, CAPPED)  # k q
+        scores = scored(product(key, asked.T, None, PRECISION), inner, outer, CAPPED)  # k q
         slope = slope_of(scores, outer, CAPPED)
         if BIASED:
-            scores += looked_up(table, places[None, :], each[:, None], queries_count)
+            scores += looked_up(table, places[None, :], each[:, None])
         if CHECKED:
             first = tl.load(first_seen + numbers, mask=real, other=0) if BOUNDED else numbers
             of_queries = tl.load(query_documents + numbers, mask=real, other=-1) if SCATTERED else numbers
@@ -87,10 +88,10 @@ def _tiles(
             )
             scores = tl.where(visible, scores, -float("inf"))
         weights = tl.exp2(scores - total[None, :])
-        of_values = tl.dot(weights.to(value.dtype), given_gradient, of_values, input_precision=PRECISION)
-        of_weights = tl.dot(value, given_gradient.T, input_precision=PRECISION)
+        of_values = product(weights.to(value.dtype), given_gradient, of_values, PRECISION)
+        of_weights = product(value, given_gradient.T, None, PRECISION)
         of_scores = (weights * (of_weights - towards_row[None, :]) * slope).to(key.dtype)
-        of_keys = tl.dot(of_scores, asked, of_keys, input_precision=PRECISION)
+        of_keys = product(of_scores, asked, of_keys, PRECISION)
     return of_keys, of_values
 
 

@@ -15,6 +15,7 @@ from lookfar.kernels.programs.distance_blocks import (
     BACKWARD_QUERIES,
     DECODE,
     FORWARD,
+    LEARNED,
     Blocks,
     of_width,
     power,
@@ -136,7 +137,7 @@ class Plan:
         of_queries = of_keys = of_values = of_table = None
         numbers = count, known, self.ahead, self.window or 0
         if asked or learned:
-            blocks = self._blocks(BACKWARD_QUERIES)
+            blocks = self._blocks(LEARNED if learned else BACKWARD_QUERIES)
             programs, sums = -(-count // blocks.queries), None
             if learned and table is not None:
                 programs = min(programs, -(-self.programs // (batch * heads)))

@@ -6,11 +6,12 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_blocks import BACKWARD_QUERIES, of_kind
+from lookfar.kernels.programs.distance_blocks import BACKWARD_QUERIES, LEARNED, of_kind
 from lookfar.kernels.programs.distance_tiles import (
     PAD,
     key_head_of,
     looked_up,
+    product,
     rows_of,
     sample,
     sampled,
@@ -97,7 +98,7 @@ def _tiles(
     BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BIASED: tl.constexpr,
-    LEARNED: tl.constexpr,
+    SUMMED: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -112,10 +113,10 @@ def _tiles(
         each = begin + tl.arange(0, BLOCK_K)
         key = rows_of(keys, each, stride_kt, given, WIDTH, BLOCK_E, CHECKED)
         value = rows_of(values, each, stride_vt, given, VALUE_WIDTH, BLOCK_V, CHECKED)
-        scores = scored(tl.dot(asked, key.T, input_precision=PRECISION), inner, outer, CAPPED)
+        scores = scored(product(asked, key.T, None, PRECISION), inner, outer, CAPPED)
         slope = slope_of(scores, outer, CAPPED)
         if BIASED:
-            scores += looked_up(table, places[:, None], each[None, :], given)
+            scores += looked_up(table, places[:, None], each[None, :])
         if CHECKED:
             of_keys = tl.load(key_documents + each, mask=each < given, other=-1) if SCATTERED else each
             visible = seen(
@@ -131,14 +132,14 @@ def _tiles(
             )
             scores = tl.where(visible, scores, -float("inf"))
         weights = tl.exp2(scores - logsumexp[:, None])
-        of_weights = tl.dot(given_gradient, value.T, input_precision=PRECISION)
+        of_weights = product(given_gradient, value.T, None, PRECISION)
         of_scores = weights * (of_weights - towards_row[:, None])
-        if LEARNED:
+        if SUMMED:
             behind, ahead = _along_diagonals(of_scores, BLOCK_Q, BLOCK_K)
             tl.store(sums - begin, tl.load(sums - begin) + behind + carried)
             carried = ahead
         of_scores = (of_scores * slope).to(key.dtype)
-        of_queries = tl.dot(of_scores, key, of_queries, input_precision=PRECISION)
+        of_queries = product(of_scores, key, of_queries, PRECISION)
     return of_queries, carried
 
 
@@ -187,7 +188,7 @@ def _block(
     """One block of queries of one head, whose tensors begin where they are given."""
     BIASED: tl.constexpr = table is not None
     BOUNDED: tl.constexpr = first_seen is not None
-    LEARNED: tl.constexpr = sums is not None
+    SUMMED: tl.constexpr = sums is not None
     numbers = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     real = numbers < queries_count
     places = ahead + numbers
@@ -213,7 +214,7 @@ def _block(
     open_from = open_to if SCATTERED else tl.minimum((clear + BLOCK_K - 1) // BLOCK_K * BLOCK_K, open_to)
     squares: tl.constexpr = BLOCK_Q // BLOCK_K
     carried = tl.zeros([squares, BLOCK_K], tl.float32)
-    if LEARNED:
+    if SUMMED:
         square = tl.arange(0, squares)[:, None]
         sums += square * stride_table + PAD + lowest + square * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     found = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
@@ -247,7 +248,7 @@ def _block(
                 BLOCK_E,
                 BLOCK_V,
                 BIASED,
-                LEARNED,
+                SUMMED,
                 CAPPED,
                 WINDOWED,
                 BOUNDED,
@@ -257,7 +258,7 @@ def _block(
                 PRECISION,
                 part != 1,
             )
-    if LEARNED:
+    if SUMMED:
         after = (end + BLOCK_K - 1) // BLOCK_K * BLOCK_K
         tl.store(sums - after, tl.load(sums - after) + carried)
     columns = tl.arange(0, BLOCK_E)
@@ -389,8 +390,8 @@ def samples() -> list[Sample]:
     """Every type and width, with a bias; with the table's gradient; and in a window and documents."""
     found = []
     for words, kind, constants in sampled():
-        blocks = of_kind(BACKWARD_QUERIES, kind, constants)
         for added in ("biased", "learned", "learned, window, documents"):
+            blocks = of_kind(LEARNED if "learned" in added else BACKWARD_QUERIES, kind, constants)
             tensors = dict.fromkeys(("queries", "keys", "values", "gradient", "of_queries"), f"*{kind}")
             tensors |= {"logsumexp": "*fp32", "towards_rows": "*fp32", "table": "*fp32"}
             tensors |= dict.fromkeys(("first_seen", "query_documents", "key_documents"))

@@ -3,8 +3,10 @@
 
 from typing import Any, no_type_check
 
+import torch
 import triton
 import triton.language as tl
+from triton import knobs
 
 from lookfar.kernels.programs import distance_blocks
 from lookfar.kernels.programs.distance_blocks import Blocks, power
@@ -12,6 +14,8 @@ from lookfar.kernels.programs.samples import Sample
 
 TYPICAL = [("bf16", 64, 64), ("bf16", 80, 80), ("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 256, 256)]
 TYPICAL += [("fp32", 64, 64), ("fp32", 128, 128), ("fp32", 256, 256)]
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+ASSEMBLED = tl.constexpr(not knobs.runtime.interpret and torch.version.hip is None)
 PAD = tl.constexpr(distance_blocks.PAD)
 
 
@@ -47,17 +51,26 @@ def rows_of(base, places, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 @no_type_check
-def looked_up(table, places, keys, given):
+def product(left, right, added, PRECISION: tl.constexpr):
+    """The product of two tiles, added up in float32; `added` may be None."""
+    if INTERPRETED:  # to whom bfloat16 is a whole number
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, added, input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def looked_up(table, places, keys):
     """The bias of every pair; `places` and `keys` broadcast against one another.
 
-    A tile has few distances: what is loaded comes from the nearest cache, and neighbouring threads share it. Outside
-    of a branch the compiler would stage all pairs in shared memory; in 64 bits it finds that a thread's addresses
-    are one register and constants.
+    A tile has few distances: what is loaded comes from the nearest cache, and neighbouring threads share it. An
+    ordinary load would be staged in shared memory, and moved there to the layout of the scores. In 64 bits the
+    compiler finds that a thread's addresses are one register and constants.
     """
-    bias = tl.zeros((places - keys).shape, tl.float32)
-    if given > 0:  # always
-        bias = tl.load(table + (places.to(tl.int64) - keys.to(tl.int64)))
-    return bias
+    at = table + (places.to(tl.int64) - keys.to(tl.int64))
+    if not ASSEMBLED:
+        return tl.load(at)
+    return tl.inline_asm_elementwise("ld.global.nc.f32 $0, [$1];", "=f,l", [at], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
