@@ -179,7 +179,7 @@ def forward(
     else:
         at = sink + line * stride_sb + head * stride_sh + numbers * stride_st
         top = tl.load(at, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
-    total = tl.where(top == -float("inf"), 0.0, 1.0)
+    total = tl.full([BLOCK_Q], 1.0, tl.float32)  # the sink's weight; without one, forgotten at the first key
     gathered = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     for part in tl.static_range(3):  # the edge of the window or document; what all see; the diagonal
         if part != 0 or WINDOWED or BOUNDED or SCATTERED:

@@ -258,7 +258,7 @@ def _block(
                 PRECISION,
                 part != 1,
             )
-    if SUMMED:
+    if SUMMED:  # what the last tile carried on: something, where the first query is not at the beginning of a tile
         after = (end + BLOCK_K - 1) // BLOCK_K * BLOCK_K
         tl.store(sums - after, tl.load(sums - after) + carried)
     columns = tl.arange(0, BLOCK_E)
