@@ -17,8 +17,8 @@ LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference", *TOL
 SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference", *TOLD)
 SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference", *TOLD)
 SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference", *TOLD)
-FLASH = ("sdpa", "distance", "flex", "square", "row", "slots", "chunked", "reference", "strips")  # a GPU's, if alone
-GPU = ("distance", "sdpa", "flex", "square", "row", "slots", "chunked", "reference", "strips")
+FLASH = ("sdpa", "distance", "row", "flex", "square", "slots", "chunked", "reference", "strips")  # a GPU's, if alone
+GPU = ("distance", "sdpa", "row", "flex", "square", "slots", "chunked", "reference", "strips")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 
