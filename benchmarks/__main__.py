@@ -15,11 +15,22 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, checkpoints, decoding, machine, score_maps, sliding, tokenization, training_steps
+from benchmarks import (
+    attention,
+    checkpoints,
+    choices,
+    decoding,
+    machine,
+    score_maps,
+    sliding,
+    tokenization,
+    training_steps,
+)
 from lookfar import files
 
 PARTS = {
     "attention": attention,
+    "choices": choices,
     "training_steps": training_steps,
     "score_maps": score_maps,
     "decoding": decoding,
@@ -37,11 +48,11 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    choices = parser.add_argument_group("parts that have them")
-    choices.add_argument("--device", choices=("cpu", "cuda"))
-    choices.add_argument("--dtype", choices=("float32", "bfloat16"))
-    choices.add_argument("--lengths", type=int, nargs="+", help="tokens")
-    choices.add_argument("--schemes", nargs="+", help="expressions")
+    some = parser.add_argument_group("parts that have them")
+    some.add_argument("--device", choices=("cpu", "cuda"))
+    some.add_argument("--dtype", choices=("float32", "bfloat16"))
+    some.add_argument("--lengths", type=int, nargs="+", help="tokens")
+    some.add_argument("--schemes", nargs="+", help="expressions")
     options = parser.parse_args()
     if options.device == "cuda" and (reason := machine.without_cuda()):
         sys.exit(reason)
