@@ -26,6 +26,7 @@ class Call:
     consecutive: bool = True  # positions are 0, 1, 2, …
     steady: bool = True  # the distance of tokens that see each other is the number of places between them
     causal: bool = True  # nothing ahead is seen
+    scattered: bool = False  # the keys that a query sees need not be neighbours
     slots: bool = False  # some queries are slots, which see a part of the text and themselves
 
     @classmethod
@@ -44,6 +45,7 @@ class Call:
             consecutive=sight.consecutive and sight.text is None,
             steady=not scheme.biases or sight.steady,  # which reads all positions
             causal=not sight.ahead,
+            scattered=sight.scattered,
             slots=sight.asking > 0,
         )
 
