@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
+
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lookfar.attention.scheme import Scheme
@@ -18,6 +19,7 @@ PAIRS = 1 << 23  # of query and key, over the batch, that a strip holds
 ROWS = 16  # queries of a strip, at least
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_HEADS, MOST_HIDDEN, MOST_TAPS, WIDEST = 32, 64, 7, 256
+MOST_WEIGHTS = 1 << 13  # of one matrix over the unfolded row; the gradient holds four
 
 
 class Dape(Kernel):
@@ -67,8 +69,10 @@ class Dape(Kernel):
 
     def _strips(self, sight: Sight, batch: int) -> list[Strip]:
         """Queries in turn, with the keys that one of them can see by order and window."""
-        keys = sight.keys if sight.window is None else min(sight.keys, 2 * sight.window)
-        rows = 1 << max(ROWS, self.pairs // (batch * keys)).bit_length() - 1
+        reach = sight.keys if sight.window is None else sight.window * (1 + sight.ahead)
+        rows = 1 << (sight.queries - 1).bit_length()
+        while rows > ROWS and batch * rows * min(sight.keys, reach + rows) > self.pairs:
+            rows //= 2
         found = []
         for start in range(0, sight.queries, rows):
             stop = min(start + rows, sight.queries)
@@ -92,6 +96,8 @@ def _refused_net(net: DapeV1 | DapeV2, scheme: Scheme) -> str | None:
         return f"{sizes.hidden} hidden channels are more than {MOST_HIDDEN}"
     if sizes.taps > MOST_TAPS:
         return f"a kernel of {sizes.taps} is wider than {MOST_TAPS}"
+    if sizes.columns * sizes.hidden_padded > MOST_WEIGHTS:
+        return f"{sizes.heads} heads, {sizes.hidden} hidden channels and {sizes.taps} taps do not fit in shared memory"
     if scheme.heads.value_width > WIDEST:
         return f"values {scheme.heads.value_width} wide are more than {WIDEST}"
     return None
@@ -114,7 +120,7 @@ def _refused_call(call: Call) -> str | None:
 
 
 def intervals(sight: Sight, batch: int) -> tuple[Int[Tensor, "b q"], Int[Tensor, "b q"]]:
-    """The first and the last key that each query sees, as indices; they are neighbours unless the sight is scattered."""
+    """The first and the last key that each query sees, as indices. The sight is not scattered."""
     device, keys = sight.key_positions.device, sight.keys
     offset = sight.first_query - sight.first_key
     places = torch.arange(offset, offset + sight.queries, device=device)[None]
@@ -148,17 +154,21 @@ def _net(net: DapeV1 | DapeV2, scheme: Scheme) -> Net:
 
 
 def _weights(net: DapeV1 | DapeV2, sizes: Net) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Both layers as matrices over the unfolded row, in float32 and filled up with zeros.
+    """Both layers as matrices over the unfolded row, `[(tap, head), hidden]`, in float32 and filled up with zeros.
 
-    First layer: `[hidden, (tap, head)]` for scores and for the bias, and `[hidden]`. Second: `[(tap, head), hidden]`, `[head]`.
+    First layer: one for the scores, one for the bias if there is any, and `[hidden]`. Second: one, and `[head]`.
     """
-    first = net.first.weight.flatten(2) if net.first.weight.dim() > 2 else net.first.weight[:, :, None]  # hidden c tap
-    second = net.second.weight.flatten(2) if net.second.weight.dim() > 2 else net.second.weight[:, :, None]
-    halves = [sizes.fill(each.movedim(1, 2)).flatten(1).float() for each in first.split(sizes.heads, dim=1)]
+    first, second = (layer.weight.float().reshape(*layer.weight.shape[:2], -1) for layer in (net.first, net.second))
+    halves = [sizes.unfolded(each.movedim(2, 0).mT) for each in first.split(sizes.heads, dim=1)]  # hidden h tap
     return (
         halves[0],
         halves[1] if sizes.biased else None,
-        F.pad(net.first.bias.float(), (0, sizes.hidden_padded - sizes.hidden)),
-        sizes.fill(second.movedim(0, 2)).flatten(1).mT.float(),  # hidden tap head
-        F.pad(net.second.bias.float(), (0, sizes.heads_padded - sizes.heads)),
+        F.pad(_bias(net.first), (0, sizes.hidden_padded - sizes.hidden)),
+        sizes.unfolded(second.movedim(2, 0)),  # h hidden tap
+        F.pad(_bias(net.second), (0, sizes.heads_padded - sizes.heads)),
     )
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias.float()

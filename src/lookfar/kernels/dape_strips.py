@@ -17,10 +17,11 @@ class Tiles:
     """How the work on a strip is divided."""
 
     keys: int = 64  # of one query, all heads together, in one step of the net
+    side: int = 64  # queries and keys of one instance of the softmax's gradient
     rows: int = 16  # queries of one instance of the softmax
-    block: int = 128  # keys of one step of the softmax
-    instances: int = 2048  # of the net
-    partial: int = 256  # instances of its gradient, each with sums of its own
+    block: int = 64  # keys of one step of the softmax
+    instances: int = 2112  # of the net; 16 for each multiprocessor of an H100
+    partial: int = 264  # instances of its gradient, each with sums of its own
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,26 @@ class Net:
         """A power of two."""
         return 1 << (self.taps - 1).bit_length()
 
-    def fill(self, weights: Float[Tensor, "hidden taps heads"]) -> Float[Tensor, "hidden2 taps2 heads2"]:
-        """The weights with zeros up to the padded sizes."""
-        more = (self.heads_padded - self.heads, self.taps_padded - self.taps, self.hidden_padded - self.hidden)
-        return F.pad(weights, (0, more[0], 0, more[1], 0, more[2]))
+    @property
+    def columns(self) -> int:
+        """Of the unfolded row, which are (tap, head)."""
+        return self.taps_padded * self.heads_padded
+
+    def unfolded(self, weights: Float[Tensor, "taps heads hidden"]) -> Float[Tensor, "columns channels"]:
+        """The weights as a matrix over the unfolded row, with zeros up to the padded sizes."""
+        more = (self.hidden_padded - self.hidden, self.heads_padded - self.heads, self.taps_padded - self.taps)
+        return F.pad(weights, (0, more[0], 0, more[1], 0, more[2])).flatten(0, 1)
 
     @property
     def constants(self) -> dict[str, Any]:
         """What programs are compiled for."""
         return {
-            "HEADS": self.heads,
-            "PADDED": self.heads_padded,
-            "HIDDEN": self.hidden_padded,
-            "TAPS": self.taps,
-            "TAPS_PADDED": self.taps_padded,
-            "BIASED": self.biased,
+            "heads": self.heads,
+            "padded": self.heads_padded,
+            "channels": self.hidden_padded,
+            "taps": self.taps,
+            "taps_padded": self.taps_padded,
+            "biased": self.biased,
         }
 
 
@@ -99,14 +105,17 @@ class Plan:
 
 
 class Attend(torch.autograd.Function):
-    """The definition, a strip at a time; nothing of a strip is kept. Saved are the inputs, outputs and log-sum-exps."""
+    """The definition, a strip at a time. Nothing of a strip is kept; inputs, outputs and log-sum-exps are.
+
+    Takes queries, keys, values, the table of the bias and the sink or None, five tensors of weights, the first and the
+    last key that each query sees, and the plan.
+    """
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         *tensors, plan = given
-        work = _Work([None if each is None else each.detach().contiguous() for each in tensors], plan)
-        outputs = torch.empty_like(work.queries[..., :1].expand(*work.queries.shape[:3], work.values.shape[-1]),
-                                   dtype=work.values.dtype, memory_format=torch.contiguous_format)  # fmt: skip
+        work = _Work(tensors, plan)
+        outputs = work.values.new_empty(*work.queries.shape[:3], work.values.shape[-1])
         logsumexps = work.queries.new_empty(work.queries.shape[:3], dtype=torch.float32)
         with torch.cuda.device_of(outputs):
             for strip in reversed(plan.strips):  # what the largest leaves free, the others fit in
@@ -117,11 +126,11 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, towards: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]  # the decorator loses names
         *tensors, outputs, logsumexps = ctx.saved_tensors
-        work = _Work([None if each is None else each.contiguous() for each in tensors], ctx.plan)
         with torch.cuda.device_of(outputs), torch.autocast(outputs.device.type, enabled=False):
-            return (*_gradients(work, towards.contiguous(), outputs, logsumexps), None, None, None)
+            found = _gradients(_Work(tensors, ctx.plan), gradients[0].contiguous(), outputs, logsumexps)
+        return (*found, None, None, None)
 
 
 def _gradients(work: "_Work", towards: Tensor, outputs: Tensor, logsumexps: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,20 +143,20 @@ def _gradients(work: "_Work", towards: Tensor, outputs: Tensor, logsumexps: Tens
     for strip in reversed(work.plan.strips):
         asked, seen = slice(strip.start, strip.stop), slice(strip.first, strip.last)
         scores = work.scores(strip)
-        rewritten = work.rewritten(strip, scores)
-        weights = work.weigh(strip, rewritten, towards, products, logsumexps)
+        of_rewritten = work.rewritten(strip, scores)
+        weights = work.weigh(strip, of_rewritten, towards, products, logsumexps)
         of_values[:, :, seen] += weights.mT @ towards[:, :, asked]
         del weights
-        of_hidden = work.hidden_gradient(strip, scores, rewritten, sums)
+        of_hidden = work.hidden_gradient(strip, scores, of_rewritten, sums)
         del scores
-        of_scores = work.score_gradient(strip, of_hidden, rewritten)
+        of_scores = work.score_gradient(strip, of_hidden, of_rewritten)
+        del of_hidden
         of_queries[:, :, asked] = of_scores @ work.keys[:, :, seen]
         of_keys[:, :, seen] += of_scores.mT @ work.queries[:, :, asked]
         if of_table is not None:
-            work.add_diagonals(strip, rewritten, of_table)
+            work.add_diagonals(strip, of_rewritten, of_table)
     of_sink = None if work.sink is None else -(work.sink - logsumexps).exp() * products
     first_scores, first_table, first_bias, second, second_bias = (each.sum(0) for each in sums)
-    middle = work.plan.net.taps // 2
     return (
         of_queries,
         of_keys.to(work.keys.dtype),
@@ -158,7 +167,7 @@ def _gradients(work: "_Work", towards: Tensor, outputs: Tensor, logsumexps: Tens
         first_table if work.plan.net.biased else None,
         first_bias,
         second,
-        second_bias.unflatten(0, (work.plan.net.taps_padded, -1))[middle],
+        second_bias.unflatten(0, (work.plan.net.taps_padded, -1))[work.plan.net.taps // 2],
     )
 
 
@@ -166,10 +175,15 @@ class _Work:
     """The tensors of a call, and one method for each program that is launched on a strip of it."""
 
     def __init__(self, tensors: list[Any], plan: Plan) -> None:
-        self.queries, self.keys, self.values, self.table, self.sink, *rest = tensors
-        self.first_scores, self.first_table, self.first_bias, self.second, self.second_bias, *rest = rest
-        self.begins, self.ends = rest
+        from lookfar.kernels.programs import dape_backward, dape_forward  # Triton, which need not be there
+
+        whole: list[Any] = [None if each is None else each.contiguous() for each in tensors]
+        self.queries, self.keys, self.values, self.table, self.sink = whole[:5]
+        self.first_scores, self.first_table, self.first_bias, self.second, self.second_bias = whole[5:10]
+        self.begins, self.ends = whole[10:]
         self.plan = plan
+        self.forward: Any = dape_forward
+        self.backward: Any = dape_backward
         self.precision = "tf32x3" if self.queries.dtype == torch.float32 else "tf32"
 
     def scores(self, strip: Strip) -> Float[Tensor, "b h r w"]:
@@ -178,103 +192,104 @@ class _Work:
 
     def rewritten(self, strip: Strip, scores: Float[Tensor, "b h r w"]) -> Float[Tensor, "b h r w"]:
         """The final scores where keys are seen."""
-        from lookfar.kernels.programs.dape_forward import rewrite
-
         rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip)
-        rewrite[(min(items, self.plan.tiles.instances),)](
-            scores, self.table, self.first_scores, self.first_table, self.first_bias, self.second, self.second_bias,
-            self.begins, self.ends, rewritten, *self._sizes(strip, items), **self._constants(), KEEPS=self.plan.net.keeps,
-        )  # fmt: skip
+        self.forward.rewrite[(min(items, self.plan.tiles.instances),)](
+            *(scores, self.table, self.first_scores, self.first_table, self.first_bias),
+            *(self.second, self.second_bias, self.begins, self.ends, rewritten),
+            *self._sizes(strip, items),
+            **self._constants(),
+            keeps=self.plan.net.keeps,
+        )
         return rewritten
 
     def average(self, strip: Strip, rewritten: Tensor, outputs: Tensor, logsumexps: Tensor) -> None:
         """Writes the rows of outputs and log-sum-exps that belong to the strip."""
-        from lookfar.kernels.programs.dape_forward import average
-
         rows, tiles = strip.rows, self.plan.tiles
-        average[(-(-rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
-            rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps, *self._softmax_sizes(strip),
-            SUNK=self.sink is not None, ROWS=tiles.rows, BLOCK=tiles.block, **self._softmax_constants(),
-            num_stages=3,
-        )  # fmt: skip
+        self.forward.average[(-(-rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+            *(rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps),
+            *self._softmax_sizes(strip),
+            **self._softmax_constants(),
+            sunk=self.sink is not None,
+            side=tiles.rows,
+            block=tiles.block,
+            num_stages=2,
+        )
 
     def weigh(
         self, strip: Strip, rewritten: Tensor, towards: Tensor, products: Tensor, logsumexps: Tensor
     ) -> Float[Tensor, "b h r w"]:
-        """The softmax weights; the gradient of the final scores takes their place."""
-        from lookfar.kernels.programs.dape_backward import weigh
-
-        weights, side = torch.empty_like(rewritten, dtype=self.values.dtype), self.plan.tiles.keys
+        """The softmax weights; the gradient of the final scores takes the place of these."""
+        weights, side = torch.empty_like(rewritten, dtype=self.values.dtype), self.plan.tiles.side
         grid = (-(-strip.width // side), -(-strip.rows // side), self.queries.shape[0] * self.plan.net.heads)
-        weigh[grid](
-            rewritten, self.values, towards, products, logsumexps, self.begins, self.ends, weights,
-            *self._softmax_sizes(strip), ROWS=side, BLOCK=side, **self._softmax_constants(),
-        )  # fmt: skip
+        self.backward.weigh[grid](
+            *(rewritten, self.values, towards, products, logsumexps, self.begins, self.ends, weights),
+            *self._softmax_sizes(strip),
+            **self._softmax_constants(),
+            side=side,
+            num_warps=8,
+        )
         return weights
 
     def sums(self) -> list[Tensor]:
         """Zeros for the gradients of the weights: one set for each instance that adds to them."""
         net, count = self.plan.net, self.plan.tiles.partial
-        unfolded, like = net.taps_padded * net.heads_padded, {"dtype": torch.float32, "device": self.queries.device}
-        shapes = [(net.hidden_padded, unfolded)] * 2 + [
-            (net.hidden_padded,),
-            (unfolded, net.hidden_padded),
-            (unfolded,),
-        ]
-        return [torch.zeros(count, *shape, **like) for shape in shapes]
+        matrix = (net.columns, net.hidden_padded)
+        shapes = [matrix, matrix, (net.hidden_padded,), matrix, (net.columns,)]
+        return [self.first_bias.new_zeros(count, *shape) for shape in shapes]
 
     def hidden_gradient(self, strip: Strip, scores: Tensor, towards: Tensor, sums: list[Tensor]) -> Tensor:
-        """The gradient of the hidden map before its LeakyReLU, `[b hidden r w]`; those of weights are added to `sums`."""
-        from lookfar.kernels.programs.dape_backward import hidden_gradient
-
+        """Of the hidden map before its LeakyReLU, `[b hidden r w]`; gradients of weights are added to `sums`."""
         items, shape = self._items(strip), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
         of_hidden = scores.new_empty(shape, dtype=torch.float32)
-        hidden_gradient[(min(items, self.plan.tiles.partial),)](
-            scores, self.table, self.first_scores, self.first_table, self.first_bias, self.second,
-            self.begins, self.ends, towards, of_hidden, *sums, *self._sizes(strip, items), **self._constants(),
-        )  # fmt: skip
+        self.backward.hidden_gradient[(min(items, self.plan.tiles.partial),)](
+            *(scores, self.table, self.first_scores, self.first_table, self.first_bias, self.second),
+            *(self.begins, self.ends, towards, of_hidden, *sums),
+            *self._sizes(strip, items),
+            **self._constants(),
+            num_warps=8,
+        )
         return of_hidden
 
     def score_gradient(self, strip: Strip, of_hidden: Tensor, towards: Tensor) -> Float[Tensor, "b h r w"]:
-        """The gradient of the products of queries and keys; that of the bias takes the place of `towards`."""
-        from lookfar.kernels.programs.dape_backward import score_gradient
-
+        """Of the products of queries and keys; that of the bias takes the place of `towards`."""
         of_scores, items = torch.empty_like(towards, dtype=self.queries.dtype), self._items(strip)
-        sizes = (self.plan.scale, strip.rows, strip.width, strip.start, strip.first, self.queries.shape[2], items)
-        score_gradient[(min(items, self.plan.tiles.instances),)](
-            of_hidden, towards, self.first_scores, self.first_table, self.begins, self.ends, of_scores,
-            *sizes, **self._constants(), KEEPS=self.plan.net.keeps,
-        )  # fmt: skip
+        self.backward.score_gradient[(min(items, self.plan.tiles.instances),)](
+            *(of_hidden, towards, self.first_scores, self.first_table, self.begins, self.ends, of_scores),
+            *(self.plan.scale, *self._place(strip), items),
+            **self._constants(),
+            keeps=self.plan.net.keeps,
+        )
         return of_scores
 
     def add_diagonals(self, strip: Strip, of_bias: Tensor, of_table: Tensor) -> None:
         """Adds the sums along diagonals to the gradient of the table."""
-        from lookfar.kernels.programs.dape_backward import add_diagonals
-
-        plan, block = self.plan, self.plan.tiles.block
+        plan, tiles = self.plan, self.plan.tiles
         lowest = plan.high + strip.first - (plan.offset + strip.stop - 1)
-        grid = (-(-(strip.width + strip.rows - 1) // block), plan.net.heads)
-        add_diagonals[grid](
-            of_bias, self.begins, self.ends, of_table, of_bias.shape[0], strip.rows, strip.width, strip.start,
-            strip.first, self.queries.shape[2], plan.offset, plan.high, of_table.shape[1], lowest,
-            HEADS=plan.net.heads, ROWS=plan.tiles.rows, BLOCK=block,
-        )  # fmt: skip
+        self.backward.add_diagonals[(-(-(strip.width + strip.rows - 1) // tiles.block), plan.net.heads)](
+            *(of_bias, self.begins, self.ends, of_table, of_bias.shape[0], *self._place(strip)),
+            *(plan.offset, plan.high, of_table.shape[1], lowest),
+            heads=plan.net.heads,
+            side=tiles.rows,
+            block=tiles.block,
+        )
 
     def _items(self, strip: Strip) -> int:
         return self.queries.shape[0] * strip.rows * -(-strip.width // self.plan.tiles.keys)
 
+    def _place(self, strip: Strip) -> tuple[int, ...]:
+        return strip.rows, strip.width, strip.start, strip.first, self.queries.shape[2]
+
     def _sizes(self, strip: Strip, items: int) -> tuple[float | int, ...]:
         plan, diagonals = self.plan, 1 if self.table is None else self.table.shape[1]
-        sizes = (strip.rows, strip.width, strip.start, strip.first, self.queries.shape[2])
-        return (plan.scale, *sizes, plan.offset, plan.high, diagonals, items)
+        return (plan.scale, *self._place(strip), plan.offset, plan.high, diagonals, items)
 
     def _constants(self) -> dict[str, Any]:
-        return {**self.plan.net.constants, "BLOCK": self.plan.tiles.keys, "PRECISION": self.precision, "num_stages": 1}
+        return {**self.plan.net.constants, "block": self.plan.tiles.keys, "precision": self.precision, "num_stages": 1}
 
     def _softmax_sizes(self, strip: Strip) -> tuple[int, ...]:
-        sizes = (strip.rows, strip.width, strip.start, strip.first)
-        return (*sizes, self.queries.shape[2], self.keys.shape[2], self.values.shape[-1])
+        return (*self._place(strip), self.keys.shape[2], self.values.shape[-1])
 
     def _softmax_constants(self) -> dict[str, Any]:
         value = max(LEAST, 1 << (self.values.shape[-1] - 1).bit_length())
-        return {"HEADS": self.plan.net.heads, "VALUE": value, "PRECISION": self.precision}
+        widen = not self.queries.is_cuda  # in the interpreter
+        return {"heads": self.plan.net.heads, "value_padded": value, "precision": self.precision, "widen": widen}

@@ -2,7 +2,7 @@
 
 A strip holds the scores of some queries, for all heads and the keys that one of them sees, `[b h rows width]`. The keys
 that a query sees are neighbours, from `begin` to `end`. A convolution along the keys is a product with the unfolded
-row: `[(tap, channel), keys]`, each tap moved by one key, nothing where a key is hidden.
+row: `[keys, (tap, channel)]`, each tap moved by one key, nothing where a key is hidden.
 """
 
 from typing import Any, no_type_check
@@ -17,113 +17,118 @@ LEAK: tl.constexpr = tl.constexpr(0.01)  # of LeakyReLU
 
 @triton.jit
 @no_type_check
-def unfold(base, stride, keys, shift, begin, end, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
-           TAPS: tl.constexpr, TAPS_PADDED: tl.constexpr, SIGN: tl.constexpr):  # fmt: skip
-    """Row (tap, channel) is the channel at key + SIGN · (tap - ⌊taps / 2⌋), in float32; key `shift` lies at `base`."""
-    line = tl.arange(0, TAPS_PADDED * PADDED)
-    tap, channel = line // PADDED, line % PADDED
-    places = keys[None, :] + (SIGN * (tap - TAPS // 2))[:, None]
-    known = ((tap < TAPS) & (channel < CHANNELS))[:, None] & (places >= begin) & (places <= end)
-    return tl.load(base + channel[:, None] * stride + (places - shift), known, other=0.0).to(tl.float32)
+def unfold(base, stride, keys, zero, begin, end, count: tl.constexpr, padded: tl.constexpr, taps: tl.constexpr,
+           taps_padded: tl.constexpr, sign: tl.constexpr):  # fmt: skip
+    """Column (tap, channel) is the channel at key + sign · (tap - ⌊taps / 2⌋); key `zero` lies at `base`."""
+    column = tl.arange(0, taps_padded * padded)
+    tap, channel = column // padded, column % padded
+    places = keys[:, None] + (sign * (tap - taps // 2))[None, :]
+    known = ((tap < taps) & (channel < count))[None, :] & (places >= begin) & (places <= end)
+    return tl.load(base + channel[None, :] * stride + (places - zero), known, other=0.0).to(tl.float32)
 
 
 @triton.jit
 @no_type_check
-def part(base, count, line, WIDTH: tl.constexpr):
-    """Rows `line` of a matrix of `count` columns, from column 0."""
-    return tl.load(base + line[:, None] * count + tl.arange(0, WIDTH)[None, :])
+def matrix(base, rows: tl.constexpr, columns: tl.constexpr):
+    """A whole matrix that lies in one piece."""
+    return tl.load(base + tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :])
 
 
 @triton.jit
 @no_type_check
-def hidden_before(scores, stride, table, diagonals, keys, first, shift, begin, end, scale, first_scores, first_table,
-                  first_bias, HEADS: tl.constexpr, PADDED: tl.constexpr, TAPS: tl.constexpr,
-                  TAPS_PADDED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The hidden map before its LeakyReLU, `[hidden, keys]`."""
-    seen = unfold(scores, stride, keys, first, begin, end, HEADS, PADDED, TAPS, TAPS_PADDED, 1)
-    before = tl.dot(first_scores, seen * scale, input_precision=PRECISION) + first_bias[:, None]
-    if BIASED:
-        bias = unfold(table, diagonals, keys, shift, begin, end, HEADS, PADDED, TAPS, TAPS_PADDED, 1)
-        before = tl.dot(first_table, bias, before, input_precision=PRECISION)
+def product(left, right, total, precision: tl.constexpr, widen: tl.constexpr):
+    """A product in the type of the operands; with `widen` in float32, as the interpreter cannot multiply bfloat16."""
+    if widen:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
+    return tl.dot(left, right, total, input_precision=precision)
+
+
+@triton.jit
+@no_type_check
+def before_leak(scores, stride, table, diagonals, keys, first, longest, begin, end, scale, first_scores, first_table,
+                first_bias, heads: tl.constexpr, padded: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
+                biased: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+    """The hidden map before its LeakyReLU, `[keys, channels]`."""
+    seen = unfold(scores, stride, keys, first, begin, end, heads, padded, taps, taps_padded, 1)
+    before = tl.dot(seen * scale, first_scores, input_precision=precision) + first_bias[None, :]
+    if biased:
+        bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
+        before = tl.dot(bias, first_table, before, input_precision=precision)
     return before
 
 
 @triton.jit
 @no_type_check
 def rewrite(scores, table, first_scores, first_table, first_bias, second, second_bias, begins, ends, rewritten, scale,
-            rows, width, start, first, queries, offset, high, diagonals, items,
-            HEADS: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, TAPS: tl.constexpr,
-            TAPS_PADDED: tl.constexpr, BIASED: tl.constexpr, KEEPS: tl.constexpr, BLOCK: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+            rows, width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
+            padded: tl.constexpr, channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
+            biased: tl.constexpr, keeps: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
     """The final scores of a strip; those of hidden keys are left as they are.
 
-    An item is BLOCK keys of one query, all heads together.
+    An item is a block of keys of one query, all heads together.
     """
-    head, line = tl.arange(0, PADDED), tl.arange(0, HIDDEN)
-    unfolded: tl.constexpr = TAPS_PADDED * PADDED
-    weights = part(first_scores, unfolded, line, unfolded)
-    table_weights = weights
-    if BIASED:
-        table_weights = part(first_table, unfolded, line, unfolded)
-    hidden_bias, head_bias = tl.load(first_bias + line), tl.load(second_bias + head)
-    tiles, stride = tl.cdiv(width, BLOCK), rows * width
+    head, channel = tl.arange(0, padded), tl.arange(0, channels)
+    weights = matrix(first_scores, taps_padded * padded, channels)
+    table_weights = matrix(first_table, taps_padded * padded, channels) if biased else weights
+    hidden_bias, head_bias = tl.load(first_bias + channel), tl.load(second_bias + head)
+    tiles, stride = tl.cdiv(width, block), rows * width
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         tile, row, batch = item % tiles, item // tiles % rows, item // tiles // rows
         query = start + row
         begin, end = tl.load(begins + batch * queries + query), tl.load(ends + batch * queries + query)
-        keys = first + tile * BLOCK + tl.arange(0, BLOCK)
-        shift = offset + query - high  # the key whose bias is the table's first
-        if (first + tile * BLOCK <= end) & (first + tile * BLOCK + BLOCK > begin):
-            base = (batch.to(tl.int64) * HEADS * rows + row) * width
-            change = tl.zeros([PADDED, BLOCK], tl.float32) + head_bias[:, None]
-            for tap in tl.static_range(TAPS):
-                at = keys + (tap - TAPS // 2)
-                hidden = hidden_before(scores + base, stride, table, diagonals, at, first, shift, begin, end, scale,
-                                       weights, table_weights, hidden_bias, HEADS, PADDED, TAPS, TAPS_PADDED, BIASED,
-                                       PRECISION)  # fmt: skip
+        keys = first + tile * block + tl.arange(0, block)
+        longest = offset + query - high  # the key whose bias is the table's first
+        if (first + tile * block <= end) & (first + tile * block + block > begin):
+            base = (batch.to(tl.int64) * heads * rows + row) * width
+            change = tl.zeros([block, padded], tl.float32) + head_bias[None, :]
+            for tap in tl.static_range(taps):
+                at = keys + (tap - taps // 2)
+                hidden = before_leak(scores + base, stride, table, diagonals, at, first, longest, begin, end, scale,
+                                     weights, table_weights, hidden_bias, heads, padded, taps, taps_padded, biased,
+                                     precision)  # fmt: skip
                 hidden = tl.where(hidden > 0, hidden, LEAK * hidden)
-                hidden = tl.where(((at >= begin) & (at <= end))[None, :], hidden, 0.0)
-                change = tl.dot(part(second, HIDDEN, tap * PADDED + head, HIDDEN), hidden, change,
-                                input_precision=PRECISION)  # fmt: skip
-            known = (head < HEADS)[:, None] & (keys >= begin) & (keys <= end)
-            places = base + head[:, None] * stride + (keys - first)
-            change += scale * tl.load(scores + places, known, other=0.0).to(tl.float32)
-            if KEEPS:
-                change += tl.load(table + head[:, None] * diagonals + (keys - shift), known, other=0.0)
-            tl.store(rewritten + places, change, known)
+                hidden = tl.where(((at >= begin) & (at <= end))[:, None], hidden, 0.0)
+                onward = tl.load(second + (tap * padded + head)[None, :] * channels + channel[:, None])
+                change = tl.dot(hidden, onward, change, input_precision=precision)
+            known = (head < heads)[None, :] & ((keys >= begin) & (keys <= end))[:, None]
+            places = head[None, :] * stride + (keys - first)[:, None]
+            change += scale * tl.load(scores + base + places, known, other=0.0).to(tl.float32)
+            if keeps:
+                bias = table + head[None, :] * diagonals + (keys - longest)[:, None]
+                change += tl.load(bias, known, other=0.0)
+            tl.store(rewritten + base + places, change, known)
 
 
 @triton.jit
 @no_type_check
-def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, width, start, first, queries, keys_count,
-            value_width, HEADS: tl.constexpr, VALUE: tl.constexpr, SUNK: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, width, start, first, queries, total_keys,
+            value_width, heads: tl.constexpr, value_padded: tl.constexpr, sunk: tl.constexpr, side: tl.constexpr,
+            block: tl.constexpr, precision: tl.constexpr, widen: tl.constexpr):  # fmt: skip
     """Softmax over the final scores of a strip, with the sink as its first entry, and the weighted sum of values."""
-    line, head_of = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    batch = head_of // HEADS
-    inside, column = line < rows, tl.arange(0, VALUE)
-    query = batch * queries + start + line
+    line, map_of = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(1)
+    inside, column = line < rows, tl.arange(0, value_padded)
+    query = map_of // heads * queries + start + line
     begin, end = tl.load(begins + query, inside, other=2**30), tl.load(ends + query, inside, other=-1)
-    own = head_of.to(tl.int64) * queries + start + line
-    highest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    if SUNK:
+    own = map_of.to(tl.int64) * queries + start + line
+    highest, total = tl.full([side], float("-inf"), tl.float32), tl.zeros([side], tl.float32)
+    if sunk:
         highest = tl.load(sink + own, inside, other=float("-inf"))
         total = tl.where(highest == float("-inf"), 0.0, 1.0)
-    summed = tl.zeros([ROWS, VALUE], tl.float32)
-    rewritten += head_of.to(tl.int64) * rows * width
-    values += head_of.to(tl.int64) * keys_count * value_width
-    lowest = first + (tl.min(begin) - first) // BLOCK * BLOCK
-    for base in range(lowest, tl.max(end) + 1, BLOCK):
-        keys = base + tl.arange(0, BLOCK)
+    summed = tl.zeros([side, value_padded], tl.float32)
+    rewritten += map_of.to(tl.int64) * rows * width
+    values += map_of.to(tl.int64) * total_keys * value_width
+    lowest = first + (tl.min(begin) - first) // block * block
+    for base in range(lowest, tl.max(end) + 1, block):
+        keys = base + tl.arange(0, block)
         known = (keys[None, :] >= begin[:, None]) & (keys[None, :] <= end[:, None])
         scores = tl.load(rewritten + line[:, None] * width + (keys - first)[None, :], known, other=float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
         weights, fade = tl.exp(scores - level[:, None]), tl.exp(highest - level)
-        held = (keys < keys_count)[:, None] & (column < value_width)[None, :]
+        held = (keys < total_keys)[:, None] & (column < value_width)[None, :]
         given = tl.load(values + keys[:, None] * value_width + column[None, :], held, other=0.0)
         summed = summed * fade[:, None]
-        summed = tl.dot(weights.to(given.dtype), given, summed, input_precision=PRECISION)
+        summed = product(weights.to(given.dtype), given, summed, precision, widen)
         total, highest = total * fade + tl.sum(weights, 1), higher
     total = tl.where(inside, total, 1.0)
     tl.store(logsumexps + own, highest + tl.log(total), inside)
@@ -133,7 +138,7 @@ def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, wi
 
 INTEGERS = ("rows", "width", "start", "first", "queries", "offset", "high", "diagonals", "items")
 NET = ("table", "first_scores", "first_table", "first_bias", "second", "second_bias")
-WIDE: dict[str, Any] = {"HEADS": 12, "PADDED": 16, "HIDDEN": 32, "BIASED": True, "BLOCK": 128}
+WIDE: dict[str, Any] = {"heads": 12, "padded": 16, "channels": 32, "biased": True, "block": 64}
 
 
 def samples() -> list[Sample]:
@@ -143,11 +148,12 @@ def samples() -> list[Sample]:
         types = {"scores": f"*{kind}", "rewritten": "*fp32", "scale": "fp32", "begins": "*i32", "ends": "*i32"}
         types |= dict.fromkeys(NET, "*fp32") | dict.fromkeys(INTEGERS, "i32")
         for taps, padded in ((1, 1), (3, 4)):
-            constants = WIDE | {"TAPS": taps, "TAPS_PADDED": padded, "KEEPS": True, "PRECISION": precision}
-            found.append(Sample(f"dape rewrite, {kind}, {taps} taps", rewrite, types, constants))
+            constants = WIDE | {"taps": taps, "taps_padded": padded, "keeps": True, "precision": precision}
+            found.append(Sample(f"dape rewrite, {kind}, {taps} taps", rewrite, types, constants, stages=1))
         types = {"rewritten": "*fp32", "values": f"*{kind}", "sink": "*fp32", "begins": "*i32", "ends": "*i32"}
         types |= {"outputs": f"*{kind}", "logsumexps": "*fp32"}
-        types |= dict.fromkeys(("rows", "width", "start", "first", "queries", "keys_count", "value_width"), "i32")
-        sizes = {"HEADS": 12, "VALUE": 64, "SUNK": True, "ROWS": 16, "BLOCK": 128, "PRECISION": precision}
-        found.append(Sample(f"dape average, {kind}, width 64", average, types, sizes, stages=3))
+        types |= dict.fromkeys(("rows", "width", "start", "first", "queries", "total_keys", "value_width"), "i32")
+        sizes = {"heads": 12, "value_padded": 64, "sunk": True, "side": 16, "block": 64, "precision": precision}
+        sizes["widen"] = False
+        found.append(Sample(f"dape average, {kind}, width 64", average, types, sizes))
     return found
