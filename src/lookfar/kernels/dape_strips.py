@@ -182,6 +182,7 @@ class _Work:
         self.first_scores, self.first_table, self.first_bias, self.second, self.second_bias = whole[5:10]
         self.begins, self.ends = whole[10:]
         self.plan = plan
+        self.lift = None if self.table is None else self._lift()
         self.forward: Any = dape_forward
         self.backward: Any = dape_backward
         self.precision = "tf32x3" if self.queries.dtype == torch.float32 else "tf32"
@@ -194,7 +195,7 @@ class _Work:
         """The final scores where keys are seen."""
         rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip)
         self.forward.rewrite[(min(items, self.plan.tiles.instances),)](
-            *(scores, self.table, self.first_scores, self.first_table, self.first_bias),
+            *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
             *(self.second, self.second_bias, self.begins, self.ends, rewritten),
             *self._sizes(strip, items),
             **self._constants(),
@@ -242,8 +243,8 @@ class _Work:
         items, shape = self._items(strip), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
         of_hidden = scores.new_empty(shape, dtype=torch.float32)
         self.backward.hidden_gradient[(min(items, self.plan.tiles.partial),)](
-            *(scores, self.table, self.first_scores, self.first_table, self.first_bias, self.second),
-            *(self.begins, self.ends, towards, of_hidden, *sums),
+            *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
+            *(self.second, self.begins, self.ends, towards, of_hidden, *sums),
             *self._sizes(strip, items),
             **self._constants(),
             num_warps=8,
@@ -272,6 +273,13 @@ class _Work:
             side=tiles.rows,
             block=tiles.block,
         )
+
+    def _lift(self) -> Float[Tensor, "channels n"]:
+        """What the bias adds to the hidden map at every distance, where the row goes on at both sides."""
+        net, table = self.plan.net, F.pad(self.table, (self.plan.net.taps // 2, self.plan.net.taps // 2))  # h n
+        weights = self.first_table.unflatten(0, (net.taps_padded, -1))[:, : net.heads]  # tap h channels
+        moved = table.unfold(1, self.table.shape[1], 1)  # h tap n
+        return sum((weights[tap].mT @ moved[:, tap] for tap in range(net.taps)), torch.zeros(()).to(table)).contiguous()
 
     def _items(self, strip: Strip) -> int:
         return self.queries.shape[0] * strip.rows * -(-strip.width // self.plan.tiles.keys)

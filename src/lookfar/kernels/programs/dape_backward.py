@@ -43,11 +43,11 @@ def weigh(rewritten, values, towards, products, logsumexps, begins, ends, weight
 
 @triton.jit
 @no_type_check
-def hidden_gradient(scores, table, first_scores, first_table, first_bias, second, begins, ends, towards, of_hidden,
-                    of_first_scores, of_first_table, of_first_bias, of_second, of_second_bias, scale, rows, width,
-                    start, first, queries, offset, high, diagonals, items, heads: tl.constexpr, padded: tl.constexpr,
-                    channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr, biased: tl.constexpr,
-                    block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+def hidden_gradient(scores, table, lift, first_scores, first_table, first_bias, second, begins, ends, towards,
+                    of_hidden, of_first_scores, of_first_table, of_first_bias, of_second, of_second_bias, scale, rows,
+                    width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
+                    padded: tl.constexpr, channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
+                    biased: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
     """The gradient of the hidden map before its LeakyReLU, and those of all weights, added to what each instance has.
 
     The second convolution turned round: hidden key j has fed key j - (tap - ⌊taps / 2⌋).
@@ -55,7 +55,6 @@ def hidden_gradient(scores, table, first_scores, first_table, first_bias, second
     wide: tl.constexpr = taps_padded * padded
     channel, column, instance = tl.arange(0, channels), tl.arange(0, wide), tl.program_id(0)
     weights, back = matrix(first_scores, wide, channels), matrix(second, wide, channels)
-    table_weights = matrix(first_table, wide, channels) if biased else weights
     hidden_bias = tl.load(first_bias + channel)
     own = instance * wide * channels + column[:, None] * channels + channel[None, :]
     own_channel, own_column = instance * channels + channel, instance * wide + column
@@ -67,13 +66,13 @@ def hidden_gradient(scores, table, first_scores, first_table, first_bias, second
         tile, row, batch = item % tiles, item // tiles % rows, item // tiles // rows
         query = start + row
         begin, end = tl.load(begins + batch * queries + query), tl.load(ends + batch * queries + query)
-        keys = first + tile * block + tl.arange(0, block)
-        longest = offset + query - high
-        if (first + tile * block <= end) & (first + tile * block + block > begin):
+        low, longest = first + tile * block, offset + query - high
+        keys = low + tl.arange(0, block)
+        if (low <= end) & (low + block > begin):
             base = (batch.to(tl.int64) * heads * rows + row) * width
-            before = before_leak(scores + base, stride, table, diagonals, keys, first, longest, begin, end, scale,
-                                 weights, table_weights, hidden_bias, heads, padded, taps, taps_padded, biased,
-                                 precision)  # fmt: skip
+            before = before_leak(scores + base, stride, table, lift, diagonals, keys, low, low + block, first, longest,
+                                 begin, end, scale, weights, first_table, hidden_bias, heads, padded, channels, taps,
+                                 taps_padded, biased, precision)  # fmt: skip
             known = ((keys >= begin) & (keys <= end))[:, None]
             hidden = tl.where(known, tl.where(before > 0, before, LEAK * before), 0.0)
             given = unfold(towards + base, stride, keys, first, begin, end, heads, padded, taps, taps_padded, -1)
@@ -167,11 +166,11 @@ def samples() -> list[Sample]:
     for kind, precision in (("bf16", "tf32"), ("fp32", "tf32x3")):
         strip = types | dict.fromkeys(("scores", "of_scores", "values", "weights"), f"*{kind}")
         sizes = {"heads": 12, "value_padded": 64, "side": 64, "precision": precision, "widen": False}
-        found.append(Sample(f"dape weigh, {kind}", weigh, strip | {"towards": f"*{kind}"}, sizes))
+        found.append(Sample(f"dape weigh, {kind}", weigh, strip | {"towards": f"*{kind}"}, sizes, warps=8))
         for taps, padded in ((1, 1), (3, 4)):
             constants = WIDE | {"taps": taps, "taps_padded": padded, "precision": precision}
             name = f"{kind}, {taps} taps"
-            found.append(Sample(f"dape hidden gradient, {name}", hidden_gradient, strip, constants, stages=1))
+            found.append(Sample(f"dape hidden gradient, {name}", hidden_gradient, strip, constants, warps=8, stages=1))
             constants = constants | {"keeps": True}
             found.append(Sample(f"dape score gradient, {name}", score_gradient, strip, constants, stages=1))
     found.append(Sample("dape add diagonals", add_diagonals, types, {"heads": 12, "side": 16, "block": 64}))

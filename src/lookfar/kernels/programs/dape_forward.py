@@ -13,6 +13,7 @@ import triton.language as tl
 from lookfar.kernels.programs.samples import Sample
 
 LEAK: tl.constexpr = tl.constexpr(0.01)  # of LeakyReLU
+FINE: tl.constexpr = tl.constexpr("tf32x3")  # for what a bias may have made large: as exact as float32
 
 
 @triton.jit
@@ -45,22 +46,29 @@ def product(left, right, total, precision: tl.constexpr, widen: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def before_leak(scores, stride, table, diagonals, keys, first, longest, begin, end, scale, first_scores, first_table,
-                first_bias, heads: tl.constexpr, padded: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
-                biased: tl.constexpr, precision: tl.constexpr):  # fmt: skip
-    """The hidden map before its LeakyReLU, `[keys, channels]`."""
+def before_leak(scores, stride, table, lift, diagonals, keys, low, high, first, longest, begin, end, scale, weights,
+                first_table, first_bias, heads: tl.constexpr, padded: tl.constexpr, channels: tl.constexpr,
+                taps: tl.constexpr, taps_padded: tl.constexpr, biased: tl.constexpr,
+                precision: tl.constexpr):  # fmt: skip
+    """The hidden map before its LeakyReLU, `[keys, channels]`, for the keys from `low` to before `high`.
+
+    What the bias adds to it is known by distance, `lift`, where the row goes on at both sides.
+    """
     seen = unfold(scores, stride, keys, first, begin, end, heads, padded, taps, taps_padded, 1)
-    before = tl.dot(seen * scale, first_scores, input_precision=precision) + first_bias[None, :]
+    before = tl.dot(seen * scale, weights, input_precision=precision) + first_bias[None, :]
     if biased:
-        bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
-        before = tl.dot(bias, first_table, before, input_precision=precision)
+        if (low - taps // 2 >= begin) & (high + taps // 2 <= end + 1):
+            before += tl.load(lift + tl.arange(0, channels)[None, :] * diagonals + (keys - longest)[:, None])
+        else:
+            bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
+            before = tl.dot(bias, matrix(first_table, taps_padded * padded, channels), before, input_precision=FINE)
     return before
 
 
 @triton.jit
 @no_type_check
-def rewrite(scores, table, first_scores, first_table, first_bias, second, second_bias, begins, ends, rewritten, scale,
-            rows, width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
+def rewrite(scores, table, lift, first_scores, first_table, first_bias, second, second_bias, begins, ends, rewritten,
+            scale, rows, width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
             padded: tl.constexpr, channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
             biased: tl.constexpr, keeps: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
     """The final scores of a strip; those of hidden keys are left as they are.
@@ -69,7 +77,6 @@ def rewrite(scores, table, first_scores, first_table, first_bias, second, second
     """
     head, channel = tl.arange(0, padded), tl.arange(0, channels)
     weights = matrix(first_scores, taps_padded * padded, channels)
-    table_weights = matrix(first_table, taps_padded * padded, channels) if biased else weights
     hidden_bias, head_bias = tl.load(first_bias + channel), tl.load(second_bias + head)
     tiles, stride = tl.cdiv(width, block), rows * width
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -81,15 +88,15 @@ def rewrite(scores, table, first_scores, first_table, first_bias, second, second
         if (first + tile * block <= end) & (first + tile * block + block > begin):
             base = (batch.to(tl.int64) * heads * rows + row) * width
             change = tl.zeros([block, padded], tl.float32) + head_bias[None, :]
-            for tap in tl.static_range(taps):
-                at = keys + (tap - taps // 2)
-                hidden = before_leak(scores + base, stride, table, diagonals, at, first, longest, begin, end, scale,
-                                     weights, table_weights, hidden_bias, heads, padded, taps, taps_padded, biased,
-                                     precision)  # fmt: skip
+            for tap in range(taps):
+                at, low = keys + (tap - taps // 2), first + tile * block + tap - taps // 2
+                hidden = before_leak(scores + base, stride, table, lift, diagonals, at, low, low + block, first,
+                                     longest, begin, end, scale, weights, first_table, hidden_bias, heads, padded,
+                                     channels, taps, taps_padded, biased, precision)  # fmt: skip
                 hidden = tl.where(hidden > 0, hidden, LEAK * hidden)
                 hidden = tl.where(((at >= begin) & (at <= end))[:, None], hidden, 0.0)
                 onward = tl.load(second + (tap * padded + head)[None, :] * channels + channel[:, None])
-                change = tl.dot(hidden, onward, change, input_precision=precision)
+                change = tl.dot(hidden, onward, change, input_precision=FINE)
             known = (head < heads)[None, :] & ((keys >= begin) & (keys <= end))[:, None]
             places = head[None, :] * stride + (keys - first)[:, None]
             change += scale * tl.load(scores + base + places, known, other=0.0).to(tl.float32)
@@ -137,7 +144,7 @@ def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, wi
 
 
 INTEGERS = ("rows", "width", "start", "first", "queries", "offset", "high", "diagonals", "items")
-NET = ("table", "first_scores", "first_table", "first_bias", "second", "second_bias")
+NET = ("table", "lift", "first_scores", "first_table", "first_bias", "second", "second_bias")
 WIDE: dict[str, Any] = {"heads": 12, "padded": 16, "channels": 32, "biased": True, "block": 64}
 
 
