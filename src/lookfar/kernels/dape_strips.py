@@ -105,7 +105,7 @@ class Plan:
 
 
 class Attend(torch.autograd.Function):
-    """The definition, a strip at a time. Nothing of a strip is kept; inputs, outputs and log-sum-exps are.
+    """The definition, a strip at a time. Nothing of a strip is kept; inputs and log-sum-exps are.
 
     Takes queries, keys, values, the table of the bias and the sink or None, five tensors of weights, the first and the
     last key that each query sees, and the plan.
@@ -120,22 +120,22 @@ class Attend(torch.autograd.Function):
         with torch.cuda.device_of(outputs):
             for strip in reversed(plan.strips):  # what the largest leaves free, the others fit in
                 work.average(strip, work.rewritten(strip, work.scores(strip)), outputs, logsumexps)
-        ctx.save_for_backward(*tensors, outputs, logsumexps)
+        ctx.save_for_backward(*tensors, logsumexps)
         ctx.plan = plan
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]  # the decorator loses names
-        *tensors, outputs, logsumexps = ctx.saved_tensors
-        with torch.cuda.device_of(outputs), torch.autocast(outputs.device.type, enabled=False):
-            found = _gradients(_Work(tensors, ctx.plan), gradients[0].contiguous(), outputs, logsumexps)
+        *tensors, logsumexps = ctx.saved_tensors
+        with torch.cuda.device_of(logsumexps), torch.autocast(logsumexps.device.type, enabled=False):
+            found = _gradients(_Work(tensors, ctx.plan), gradients[0].contiguous(), logsumexps)
         return (*found, None, None, None)
 
 
-def _gradients(work: "_Work", towards: Tensor, outputs: Tensor, logsumexps: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(work: "_Work", towards: Tensor, logsumexps: Tensor) -> tuple[Tensor | None, ...]:
     """Of queries, keys, values, table, sink, and the five tensors of weights."""
-    products = (towards.float() * outputs.float()).sum(-1)  # b h q
+    products = torch.empty_like(logsumexps)
     of_queries = torch.empty_like(work.queries)
     of_keys, of_values = (torch.zeros_like(each, dtype=torch.float32) for each in (work.keys, work.values))
     of_table = None if work.table is None else torch.zeros_like(work.table)
@@ -144,6 +144,7 @@ def _gradients(work: "_Work", towards: Tensor, outputs: Tensor, logsumexps: Tens
         asked, seen = slice(strip.start, strip.stop), slice(strip.first, strip.last)
         scores = work.scores(strip)
         of_rewritten = work.rewritten(strip, scores)
+        work.row_products(strip, of_rewritten, towards, products, logsumexps)
         weights = work.weigh(strip, of_rewritten, towards, products, logsumexps)
         of_values[:, :, seen] += weights.mT @ towards[:, :, asked]
         del weights
@@ -203,10 +204,24 @@ class _Work:
         )
         return rewritten
 
+    def row_products(
+        self, strip: Strip, rewritten: Tensor, towards: Tensor, products: Tensor, logsumexps: Tensor
+    ) -> None:
+        """Writes the products of the rows of weights and of their gradients."""
+        tiles = self.plan.tiles
+        self.backward.row_products[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+            *(rewritten, self.values, towards, logsumexps, self.begins, self.ends, products),
+            *self._softmax_sizes(strip),
+            **self._softmax_constants(),
+            side=tiles.rows,
+            block=tiles.block,
+            num_stages=2,
+        )
+
     def average(self, strip: Strip, rewritten: Tensor, outputs: Tensor, logsumexps: Tensor) -> None:
         """Writes the rows of outputs and log-sum-exps that belong to the strip."""
-        rows, tiles = strip.rows, self.plan.tiles
-        self.forward.average[(-(-rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+        tiles = self.plan.tiles
+        self.forward.average[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
             *(rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps),
             *self._softmax_sizes(strip),
             **self._softmax_constants(),

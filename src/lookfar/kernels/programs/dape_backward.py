@@ -14,6 +14,36 @@ from lookfar.kernels.programs.samples import Sample
 
 @triton.jit
 @no_type_check
+def row_products(rewritten, values, towards, logsumexps, begins, ends, products, rows, width, start, first, queries,
+                 total_keys, value_width, heads: tl.constexpr, value_padded: tl.constexpr, side: tl.constexpr,
+                 block: tl.constexpr, precision: tl.constexpr, widen: tl.constexpr):  # fmt: skip
+    """The products of softmax weights and their gradients, added up over each row.
+
+    The rounded outputs would give them, too, but then the gradients of a row's scores would not add up to nothing.
+    """
+    line, map_of = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(1)
+    inside, column = line < rows, tl.arange(0, value_padded)
+    query = map_of // heads * queries + start + line
+    begin, end = tl.load(begins + query, inside, other=2**30), tl.load(ends + query, inside, other=-1)
+    own = map_of.to(tl.int64) * queries + start + line
+    asked = inside[:, None] & (column < value_width)[None, :]
+    gradient = tl.load(towards + own[:, None] * value_width + column[None, :], asked, other=0.0)
+    logsumexp, total = tl.load(logsumexps + own, inside, other=0.0), tl.zeros([side], tl.float32)
+    rewritten += map_of.to(tl.int64) * rows * width
+    values += map_of.to(tl.int64) * total_keys * value_width
+    for base in range(first + (tl.min(begin) - first) // block * block, tl.max(end) + 1, block):
+        keys = base + tl.arange(0, block)
+        known = (keys[None, :] >= begin[:, None]) & (keys[None, :] <= end[:, None])
+        scores = tl.load(rewritten + line[:, None] * width + (keys - first)[None, :], known, other=float("-inf"))
+        held = (keys < total_keys)[None, :] & (column < value_width)[:, None]
+        given = tl.load(values + keys[None, :] * value_width + column[:, None], held, other=0.0)
+        change = product(gradient, given, tl.zeros([side, block], tl.float32), precision, widen)
+        total += tl.sum(tl.exp(scores - logsumexp[:, None]) * change, 1)
+    tl.store(products + own, total, inside)
+
+
+@triton.jit
+@no_type_check
 def weigh(rewritten, values, towards, products, logsumexps, begins, ends, weights, rows, width, start, first, queries,
           total_keys, value_width, heads: tl.constexpr, value_padded: tl.constexpr, side: tl.constexpr,
           precision: tl.constexpr, widen: tl.constexpr):  # fmt: skip
@@ -167,6 +197,8 @@ def samples() -> list[Sample]:
         strip = types | dict.fromkeys(("scores", "of_scores", "values", "weights"), f"*{kind}")
         sizes = {"heads": 12, "value_padded": 64, "side": 64, "precision": precision, "widen": False}
         found.append(Sample(f"dape weigh, {kind}", weigh, strip | {"towards": f"*{kind}"}, sizes, warps=8))
+        sizes = sizes | {"side": 16, "block": 64}
+        found.append(Sample(f"dape row products, {kind}", row_products, strip | {"towards": f"*{kind}"}, sizes))
         for taps, padded in ((1, 1), (3, 4)):
             constants = WIDE | {"taps": taps, "taps_padded": padded, "precision": precision}
             name = f"{kind}, {taps} taps"
