@@ -204,6 +204,19 @@ class _Work:
         )
         return rewritten
 
+    def average(self, strip: Strip, rewritten: Tensor, outputs: Tensor, logsumexps: Tensor) -> None:
+        """Writes the rows of outputs and log-sum-exps that belong to the strip."""
+        tiles = self.plan.tiles
+        self.forward.average[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+            *(rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps),
+            *self._softmax_sizes(strip),
+            **self._softmax_constants(),
+            sunk=self.sink is not None,
+            side=tiles.rows,
+            block=tiles.block,
+            num_stages=2,
+        )
+
     def row_products(
         self, strip: Strip, rewritten: Tensor, towards: Tensor, products: Tensor, logsumexps: Tensor
     ) -> None:
@@ -213,19 +226,6 @@ class _Work:
             *(rewritten, self.values, towards, logsumexps, self.begins, self.ends, products),
             *self._softmax_sizes(strip),
             **self._softmax_constants(),
-            side=tiles.rows,
-            block=tiles.block,
-            num_stages=2,
-        )
-
-    def average(self, strip: Strip, rewritten: Tensor, outputs: Tensor, logsumexps: Tensor) -> None:
-        """Writes the rows of outputs and log-sum-exps that belong to the strip."""
-        tiles = self.plan.tiles
-        self.forward.average[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
-            *(rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps),
-            *self._softmax_sizes(strip),
-            **self._softmax_constants(),
-            sunk=self.sink is not None,
             side=tiles.rows,
             block=tiles.block,
             num_stages=2,
