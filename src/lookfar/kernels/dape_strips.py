@@ -186,7 +186,7 @@ class _Work:
         self.lift = None if self.table is None else self._lift()
         self.forward: Any = dape_forward
         self.backward: Any = dape_backward
-        self.precision = "tf32x3" if self.queries.dtype == torch.float32 else "tf32"
+        self.precision, self.fine = ("ieee", "ieee") if self.queries.dtype == torch.float32 else ("tf32", "tf32x3")
 
     def scores(self, strip: Strip) -> Float[Tensor, "b h r w"]:
         """The products of queries and keys, in the type of the input and not yet scaled, as in the definition."""
@@ -201,6 +201,7 @@ class _Work:
             *self._sizes(strip, items),
             **self._constants(),
             keeps=self.plan.net.keeps,
+            fine=self.fine,
         )
         return rewritten
 
@@ -262,6 +263,7 @@ class _Work:
             *(self.second, self.begins, self.ends, towards, of_hidden, *sums),
             *self._sizes(strip, items),
             **self._constants(),
+            fine=self.fine,
             num_warps=8,
         )
         return of_hidden
@@ -274,6 +276,7 @@ class _Work:
             *(self.plan.scale, *self._place(strip), items),
             **self._constants(),
             keeps=self.plan.net.keeps,
+            num_warps=8,
         )
         return of_scores
 

@@ -8,7 +8,17 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.dape_forward import INTEGERS, LEAK, NET, WIDE, before_leak, matrix, product, unfold
+from lookfar.kernels.programs.dape_forward import (
+    INTEGERS,
+    LEAK,
+    NET,
+    PRECISIONS,
+    WIDE,
+    before_leak,
+    matrix,
+    product,
+    unfold,
+)
 from lookfar.kernels.programs.samples import Sample
 
 
@@ -77,7 +87,8 @@ def hidden_gradient(scores, table, lift, first_scores, first_table, first_bias, 
                     of_hidden, of_first_scores, of_first_table, of_first_bias, of_second, of_second_bias, scale, rows,
                     width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
                     padded: tl.constexpr, channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
-                    biased: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+                    biased: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
+                    fine: tl.constexpr):  # fmt: skip
     """The gradient of the hidden map before its LeakyReLU, and those of all weights, added to what each instance has.
 
     The second convolution turned round: hidden key j has fed key j - (tap - ⌊taps / 2⌋).
@@ -102,7 +113,7 @@ def hidden_gradient(scores, table, lift, first_scores, first_table, first_bias, 
             base = (batch.to(tl.int64) * heads * rows + row) * width
             before = before_leak(scores + base, stride, table, lift, diagonals, keys, low, low + block, first, longest,
                                  begin, end, scale, weights, first_table, hidden_bias, heads, padded, channels, taps,
-                                 taps_padded, biased, precision)  # fmt: skip
+                                 taps_padded, biased, precision, fine)  # fmt: skip
             known = ((keys >= begin) & (keys <= end))[:, None]
             hidden = tl.where(known, tl.where(before > 0, before, LEAK * before), 0.0)
             given = unfold(towards + base, stride, keys, first, begin, end, heads, padded, taps, taps_padded, -1)
@@ -193,7 +204,7 @@ def samples() -> list[Sample]:
     sums = ("of_first_scores", "of_first_table", "of_first_bias", "of_second", "of_second_bias", "of_table")
     exact = ("rewritten", "products", "logsumexps", "of_bias", "of_hidden", "towards", *NET, *sums)
     types = numbers | dict.fromkeys(exact, "*fp32") | dict.fromkeys(("begins", "ends"), "*i32")
-    for kind, precision in (("bf16", "tf32"), ("fp32", "tf32x3")):
+    for kind, (precision, fine) in PRECISIONS.items():
         strip = types | dict.fromkeys(("scores", "of_scores", "values", "weights"), f"*{kind}")
         sizes = {"heads": 12, "value_padded": 64, "side": 64, "precision": precision, "widen": False}
         found.append(Sample(f"dape weigh, {kind}", weigh, strip | {"towards": f"*{kind}"}, sizes, warps=8))
@@ -202,8 +213,8 @@ def samples() -> list[Sample]:
         for taps, padded in ((1, 1), (3, 4)):
             constants = WIDE | {"taps": taps, "taps_padded": padded, "precision": precision}
             name = f"{kind}, {taps} taps"
-            found.append(Sample(f"dape hidden gradient, {name}", hidden_gradient, strip, constants, warps=8, stages=1))
-            constants = constants | {"keeps": True}
-            found.append(Sample(f"dape score gradient, {name}", score_gradient, strip, constants, stages=1))
+            hidden, score = constants | {"fine": fine}, constants | {"keeps": True}
+            found.append(Sample(f"dape hidden gradient, {name}", hidden_gradient, strip, hidden, warps=8, stages=1))
+            found.append(Sample(f"dape score gradient, {name}", score_gradient, strip, score, warps=8, stages=1))
     found.append(Sample("dape add diagonals", add_diagonals, types, {"heads": 12, "side": 16, "block": 64}))
     return found

@@ -13,7 +13,6 @@ import triton.language as tl
 from lookfar.kernels.programs.samples import Sample
 
 LEAK: tl.constexpr = tl.constexpr(0.01)  # of LeakyReLU
-FINE: tl.constexpr = tl.constexpr("tf32x3")  # for what a bias may have made large: as exact as float32
 
 
 @triton.jit
@@ -48,11 +47,12 @@ def product(left, right, total, precision: tl.constexpr, widen: tl.constexpr):
 @no_type_check
 def before_leak(scores, stride, table, lift, diagonals, keys, low, high, first, longest, begin, end, scale, weights,
                 first_table, first_bias, heads: tl.constexpr, padded: tl.constexpr, channels: tl.constexpr,
-                taps: tl.constexpr, taps_padded: tl.constexpr, biased: tl.constexpr,
-                precision: tl.constexpr):  # fmt: skip
+                taps: tl.constexpr, taps_padded: tl.constexpr, biased: tl.constexpr, precision: tl.constexpr,
+                fine: tl.constexpr):  # fmt: skip
     """The hidden map before its LeakyReLU, `[keys, channels]`, for the keys from `low` to before `high`.
 
-    What the bias adds to it is known by distance, `lift`, where the row goes on at both sides.
+    What the bias adds to it is known by distance, `lift`, where the row goes on at both sides. `fine` is the precision
+    of products with what a bias may have made large.
     """
     seen = unfold(scores, stride, keys, first, begin, end, heads, padded, taps, taps_padded, 1)
     before = tl.dot(seen * scale, weights, input_precision=precision) + first_bias[None, :]
@@ -61,7 +61,7 @@ def before_leak(scores, stride, table, lift, diagonals, keys, low, high, first, 
             before += tl.load(lift + tl.arange(0, channels)[None, :] * diagonals + (keys - longest)[:, None])
         else:
             bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
-            before = tl.dot(bias, matrix(first_table, taps_padded * padded, channels), before, input_precision=FINE)
+            before = tl.dot(bias, matrix(first_table, taps_padded * padded, channels), before, input_precision=fine)
     return before
 
 
@@ -70,7 +70,8 @@ def before_leak(scores, stride, table, lift, diagonals, keys, low, high, first, 
 def rewrite(scores, table, lift, first_scores, first_table, first_bias, second, second_bias, begins, ends, rewritten,
             scale, rows, width, start, first, queries, offset, high, diagonals, items, heads: tl.constexpr,
             padded: tl.constexpr, channels: tl.constexpr, taps: tl.constexpr, taps_padded: tl.constexpr,
-            biased: tl.constexpr, keeps: tl.constexpr, block: tl.constexpr, precision: tl.constexpr):  # fmt: skip
+            biased: tl.constexpr, keeps: tl.constexpr, block: tl.constexpr, precision: tl.constexpr,
+            fine: tl.constexpr):  # fmt: skip
     """The final scores of a strip; those of hidden keys are left as they are.
 
     An item is a block of keys of one query, all heads together.
@@ -92,11 +93,11 @@ def rewrite(scores, table, lift, first_scores, first_table, first_bias, second, 
                 at, low = keys + (tap - taps // 2), first + tile * block + tap - taps // 2
                 hidden = before_leak(scores + base, stride, table, lift, diagonals, at, low, low + block, first,
                                      longest, begin, end, scale, weights, first_table, hidden_bias, heads, padded,
-                                     channels, taps, taps_padded, biased, precision)  # fmt: skip
+                                     channels, taps, taps_padded, biased, precision, fine)  # fmt: skip
                 hidden = tl.where(hidden > 0, hidden, LEAK * hidden)
                 hidden = tl.where(((at >= begin) & (at <= end))[:, None], hidden, 0.0)
                 onward = tl.load(second + (tap * padded + head)[None, :] * channels + channel[:, None])
-                change = tl.dot(hidden, onward, change, input_precision=FINE)
+                change = tl.dot(hidden, onward, change, input_precision=fine)
             known = (head < heads)[None, :] & ((keys >= begin) & (keys <= end))[:, None]
             places = head[None, :] * stride + (keys - first)[:, None]
             change += scale * tl.load(scores + base + places, known, other=0.0).to(tl.float32)
@@ -145,17 +146,19 @@ def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, wi
 
 INTEGERS = ("rows", "width", "start", "first", "queries", "offset", "high", "diagonals", "items")
 NET = ("table", "lift", "first_scores", "first_table", "first_bias", "second", "second_bias")
+PRECISIONS = {"bf16": ("tf32", "tf32x3"), "fp32": ("ieee", "ieee")}  # of products, and of those that must be exact
 WIDE: dict[str, Any] = {"heads": 12, "padded": 16, "channels": 32, "biased": True, "block": 64}
 
 
 def samples() -> list[Sample]:
     """V1 and V2 of 12 heads in bfloat16 and float32, and the softmax after them."""
     found = []
-    for kind, precision in (("bf16", "tf32"), ("fp32", "tf32x3")):
+    for kind, (precision, fine) in PRECISIONS.items():
         types = {"scores": f"*{kind}", "rewritten": "*fp32", "scale": "fp32", "begins": "*i32", "ends": "*i32"}
         types |= dict.fromkeys(NET, "*fp32") | dict.fromkeys(INTEGERS, "i32")
         for taps, padded in ((1, 1), (3, 4)):
-            constants = WIDE | {"taps": taps, "taps_padded": padded, "keeps": True, "precision": precision}
+            constants = WIDE | {"taps": taps, "taps_padded": padded, "keeps": True}
+            constants |= {"precision": precision, "fine": fine}
             found.append(Sample(f"dape rewrite, {kind}, {taps} taps", rewrite, types, constants, stages=1))
         types = {"rewritten": "*fp32", "values": f"*{kind}", "sink": "*fp32", "begins": "*i32", "ends": "*i32"}
         types |= {"outputs": f"*{kind}", "logsumexps": "*fp32"}
