@@ -21,7 +21,7 @@ from test_laws import tensors
 from tolerance import assert_as_good, assert_near
 
 SMALL = Tiles(keys=16, side=16, rows=16, block=16, instances=3, partial=2)
-LARGE = replace(SMALL, keys=64, side=64, block=64)
+LARGE = replace(SMALL, keys=64, exact=64, side=64, block=64)
 QUICK = replace(interpreter_builder.options, sanitize_overflow=False)  # takes half of the time
 MANY, FEW = Dape(pairs=256, tiles=SMALL), Dape(pairs=1024, tiles=LARGE)  # strips and tiles of a call
 
@@ -168,7 +168,7 @@ def test_the_square_is_never_held():
     tokens, rows, channels = 128, 16, 16
     scheme, sight = scheme_of(f"kerple + dape_v2(hidden={channels})", Shape(tokens)).float(), Sight.causal(tokens)
     given = leaves(tensors(scheme, tokens, 1, dtype=torch.float32))
-    kernel = Dape(pairs=rows * tokens, tiles=replace(LARGE, keys=128))
+    kernel = Dape(pairs=rows * tokens, tiles=replace(LARGE, keys=128, exact=128))
     with Largest() as watched:
         kernel.attend(*given, sight, scheme).sum().backward()
     assert watched.numbers == rows * tokens * channels * torch.float32.itemsize < tokens * tokens * channels

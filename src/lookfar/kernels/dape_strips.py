@@ -17,6 +17,7 @@ class Tiles:
     """How the work on a strip is divided."""
 
     keys: int = 64  # of one query, all heads together, in one step of the net
+    exact: int = 16  # the same in its gradient in float32, whose products are not those of tensor cores
     side: int = 64  # queries and keys of one instance of the softmax's gradient
     rows: int = 16  # queries of one instance of the softmax
     block: int = 64  # keys of one step of the softmax
@@ -187,6 +188,7 @@ class _Work:
         self.forward: Any = dape_forward
         self.backward: Any = dape_backward
         self.precision, self.fine = ("ieee", "ieee") if self.queries.dtype == torch.float32 else ("tf32", "tf32x3")
+        self.back = min(plan.tiles.keys, plan.tiles.exact) if self.precision == "ieee" else plan.tiles.keys
 
     def scores(self, strip: Strip) -> Float[Tensor, "b h r w"]:
         """The products of queries and keys, in the type of the input and not yet scaled, as in the definition."""
@@ -194,12 +196,12 @@ class _Work:
 
     def rewritten(self, strip: Strip, scores: Float[Tensor, "b h r w"]) -> Float[Tensor, "b h r w"]:
         """The final scores where keys are seen."""
-        rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip)
+        rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip, self.plan.tiles.keys)
         self.forward.rewrite[(min(items, self.plan.tiles.instances),)](
             *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
             *(self.second, self.second_bias, self.begins, self.ends, rewritten),
             *self._sizes(strip, items),
-            **self._constants(),
+            **self._constants(self.plan.tiles.keys),
             keeps=self.plan.net.keeps,
             fine=self.fine,
         )
@@ -256,13 +258,13 @@ class _Work:
 
     def hidden_gradient(self, strip: Strip, scores: Tensor, towards: Tensor, sums: list[Tensor]) -> Tensor:
         """Of the hidden map before its LeakyReLU, `[b hidden r w]`; gradients of weights are added to `sums`."""
-        items, shape = self._items(strip), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
+        items, shape = self._items(strip, self.back), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
         of_hidden = scores.new_empty(shape, dtype=torch.float32)
         self.backward.hidden_gradient[(min(items, self.plan.tiles.partial),)](
             *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
             *(self.second, self.begins, self.ends, towards, of_hidden, *sums),
             *self._sizes(strip, items),
-            **self._constants(),
+            **self._constants(self.back),
             fine=self.fine,
             num_warps=8,
         )
@@ -270,11 +272,11 @@ class _Work:
 
     def score_gradient(self, strip: Strip, of_hidden: Tensor, towards: Tensor) -> Float[Tensor, "b h r w"]:
         """Of the products of queries and keys; that of the bias takes the place of `towards`."""
-        of_scores, items = torch.empty_like(towards, dtype=self.queries.dtype), self._items(strip)
+        of_scores, items = torch.empty_like(towards, dtype=self.queries.dtype), self._items(strip, self.back)
         self.backward.score_gradient[(min(items, self.plan.tiles.instances),)](
             *(of_hidden, towards, self.first_scores, self.first_table, self.begins, self.ends, of_scores),
             *(self.plan.scale, *self._place(strip), items),
-            **self._constants(),
+            **self._constants(self.back),
             keeps=self.plan.net.keeps,
             num_warps=8,
         )
@@ -299,8 +301,8 @@ class _Work:
         moved = table.unfold(1, self.table.shape[1], 1)  # h tap n
         return sum((weights[tap].mT @ moved[:, tap] for tap in range(net.taps)), torch.zeros(()).to(table)).contiguous()
 
-    def _items(self, strip: Strip) -> int:
-        return self.queries.shape[0] * strip.rows * -(-strip.width // self.plan.tiles.keys)
+    def _items(self, strip: Strip, block: int) -> int:
+        return self.queries.shape[0] * strip.rows * -(-strip.width // block)
 
     def _place(self, strip: Strip) -> tuple[int, ...]:
         return strip.rows, strip.width, strip.start, strip.first, self.queries.shape[2]
@@ -309,8 +311,8 @@ class _Work:
         plan, diagonals = self.plan, 1 if self.table is None else self.table.shape[1]
         return (plan.scale, *self._place(strip), plan.offset, plan.high, diagonals, items)
 
-    def _constants(self) -> dict[str, Any]:
-        return {**self.plan.net.constants, "block": self.plan.tiles.keys, "precision": self.precision, "num_stages": 1}
+    def _constants(self, block: int) -> dict[str, Any]:
+        return {**self.plan.net.constants, "block": block, "precision": self.precision, "num_stages": 1}
 
     def _softmax_sizes(self, strip: Strip) -> tuple[int, ...]:
         return (*self._place(strip), self.keys.shape[2], self.values.shape[-1])

@@ -212,6 +212,7 @@ def samples() -> list[Sample]:
         found.append(Sample(f"dape row products, {kind}", row_products, strip | {"towards": f"*{kind}"}, sizes))
         for taps, padded in ((1, 1), (3, 4)):
             constants = WIDE | {"taps": taps, "taps_padded": padded, "precision": precision}
+            constants |= {"block": 16} if precision == "ieee" else {}
             name = f"{kind}, {taps} taps"
             hidden, score = constants | {"fine": fine}, constants | {"keeps": True}
             found.append(Sample(f"dape hidden gradient, {name}", hidden_gradient, strip, hidden, warps=8, stages=1))
