@@ -364,6 +364,8 @@ def test_gradients_reach_only_what_asks_for_them(kernel):
     """Keys and values of a cache need none, and inference mode must work too."""
     scheme, sight = scheme_of("stable_mask", Shape(40)).double(), Sight.causal(40)
     given = tensors(scheme, 40)
+    if KERNELS[kernel].refusal(scheme, call_of(given, sight, scheme)) is not None:
+        return
     queries = given.queries.clone().requires_grad_()
     outputs = KERNELS[kernel].attend(queries, given.keys, given.values, sight, scheme)
     (gradient,) = torch.autograd.grad(outputs.sum(), queries)

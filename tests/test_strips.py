@@ -189,7 +189,7 @@ CALL = Call(queries=2048, keys=2048)
         ("kerple", {"dtype": torch.float64}, "float32"),
         ("kerple", {"causal": False}, "ahead"),
         ("kerple", {"slots": True}, "ahead"),
-        ("kerple", {"neighbours": False}, "scattered"),
+        ("kerple", {"scattered": True}, "scattered"),
         ("kerple", {"steady": False}, "positions do not count tokens"),
         ("alibi(form=split)", {}, "hides keys"),
         ("dape_v2(repair=paper)", {}, "published form"),

@@ -12,13 +12,24 @@ from lookfar.errors import UserError
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-TOLD = ("distance", "flex")  # made for a GPU, and after `reference` never taken: `explain` says why
+TOLD = ("distance", "dape", "flex")  # made for a GPU, and after `reference` never taken: `explain` says why
 LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference", *TOLD)
 SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference", *TOLD)
 SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference", *TOLD)
 SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference", *TOLD)
-FLASH = ("sdpa", "distance", "row", "flex", "square", "slots", "chunked", "reference", "strips")  # a GPU's, if alone
-GPU = ("distance", "sdpa", "row", "flex", "square", "slots", "chunked", "reference", "strips")
+FLASH = (
+    "sdpa",
+    "distance",
+    "row",
+    "flex",
+    "dape",
+    "square",
+    "slots",
+    "chunked",
+    "reference",
+    "strips",
+)  # a GPU's, if alone
+GPU = ("distance", "sdpa", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 

@@ -40,7 +40,7 @@ class Strips(Kernel):
             return "the scores are soft-capped"
         if call.slots or not call.causal:
             return "keys ahead are seen"
-        if not call.neighbours:
+        if call.scattered:
             return "the keys that a query sees are scattered"
         if reason := _unknown(scheme):
             return reason
