@@ -14,6 +14,8 @@ from safetensors.torch import load_model
 import lookfar
 from lookfar import cli
 from lookfar.batch import consecutive
+from lookfar.kernels.base import Call
+from lookfar.kernels.dispatch import preference
 from lookfar.sight import Sight
 from lookfar.training import export
 from lookfar.training import folder as run_folder
@@ -283,5 +285,5 @@ def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "explain", "kerple + dape_v2", "--length", "2048")
     assert code == 0 and "taken" in out and "rewrites the scores" in out
     assert "refuses: there are no slots" in out
-    for kernel in lookfar.names("kernels"):
+    for kernel in preference(Call(queries=2048, keys=2048)):
         assert kernel in out
