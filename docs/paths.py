@@ -4,6 +4,10 @@
 
 takes every method, and every setting that is refused where its method is not, through `tests/paths.py`: minutes, most
 of them for compilers. A cell that is neither ends it with an error, and nothing is written.
+
+    python docs/paths.py strips row
+
+makes the cells of these paths alone, and leaves the others as they are.
 """
 
 import sys
@@ -38,8 +42,10 @@ ABOUT = {
 
 
 def main() -> None:
-    """Make every cell, then write the page."""
-    told = {row: {path: cell(PATHS[path](row)) for path in PATHS} for row in [*methods(), *refusing()]}
+    """Make every cell, or those of the paths that are named, then write the page."""
+    some, known = sys.argv[1:] or [*PATHS], read()
+    rows = [*known["reference"]] if sys.argv[1:] else [*methods(), *refusing()]
+    told = {row: {path: cell(PATHS[path](row)) if path in some else known[path][row] for path in PATHS} for row in rows}
     parts = [INTRODUCTION]
     for group, names in GROUPS.items():
         lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

@@ -42,6 +42,8 @@ ROWS = (0, 4, T - 1)
 SIZES = (1, 3, 7, *[1] * (T - 11))
 WINDOW = 4
 PACKED = "aaaabbbbbbccccccc", "abbab.abba.bacacc"  # a letter for each token, '.' for padding
+NEIGHBOURS = "aaaabbbbbbccccccc", "aaaaaaaaaabbbb..."  # documents that lie whole
+ON_A_GPU = {"dape", "distance"}  # kernels with tests of their own
 FEW, MANY = 6, 40  # draws of which the mean is taken
 NO_SECOND = ("is not implemented", "once_differentiable")  # what torch says of a kernel without a second derivative
 
@@ -340,6 +342,22 @@ def square_(expression: str) -> str | None:
     return kernel("square", expression)
 
 
+@path("strips", KERNELS)
+def strips(expression: str) -> str | None:
+    """Compiled code, in float32 alone: as good as the reference in the mean of some draws, packed in a window."""
+    model, documents = model_of(expression, dtype="float32", window=(WINDOW, None)), numbers(NEIGHBOURS)
+    exact, draws = copy.deepcopy(model).double(), []
+
+    def found(some: lookfar.Decoder, seed: int, name: str) -> Results:
+        return results(some, lambda: some(words(T, seed=seed), documents=documents), name)
+
+    for seed in range(FEW):
+        true, definition = found(exact, seed, "reference"), found(model, seed, "reference")
+        draws.append({"true": true, "definition": definition, "strips": found(model, seed, "strips")})
+    compare(draws, "float32", [("strips", each) for each in in_all_layers(model)])
+    return None
+
+
 @path("sdpa", KERNELS)
 def sdpa(expression: str) -> str | None:
     """torch's fused attention."""
@@ -442,8 +460,13 @@ def as_good(expression: str, dtype: str, seeds: range) -> None:
     exact, kernels = copy.deepcopy(model).double(), [name for name in willing(expression) if name != "reference"]
     with cut_small():
         draws = [draw(model, exact, kernels, seed) for seed in seeds]
+    compare(draws, dtype, [("cache", ("logits", ["logits"])), *itertools.product(kernels, in_all_layers(model))])
+
+
+def compare(draws: list[dict[str, Results]], dtype: str, what_of: list[tuple[str, tuple[str, list[str]]]]) -> None:
+    """In the mean of these draws, no further off than twice the reference and a rounding unit."""
     largest = max(each.abs().max() for each in draws[0]["true"].values())
-    for name, (what, alike) in [("cache", ("logits", ["logits"])), *itertools.product(kernels, in_all_layers(model))]:
+    for name, (what, alike) in what_of:
         found, definition, true = (
             [each[kind][one] for each in draws for one in alike] for kind in (name, "definition", "true")
         )

@@ -23,6 +23,8 @@ from lookfar.errors import UserError
 from lookfar.sight import Sight
 from lookfar.study.analysis_page import write_page
 from lookfar.study.pictures import picture
+from lookfar.tasks.digits import abacus
+from lookfar.tasks.problems import Problems
 from lookfar.training.train import train
 
 LN2 = math.log(2)
@@ -426,6 +428,78 @@ def test_another_text_can_be_looked_at(trained):
     (trained / "other.txt").write_text("nothing of the run " * 20)
     rows = analyze_run(trained / "nope", text=trained / "other.txt", lengths=[16], output=trained / "other")
     assert {row["data"].partition("@")[0] for row in rows} == {"other.txt"}
+
+
+@pytest.fixture(scope="module")
+def of_task(trained):
+    """The folder of runs that are trained on additions, by name."""
+    changes = {
+        "adding": [],
+        "by_digits": ["model.scheme=learned", "training.numbering=abacus(largest=12)"],
+        "copying": ["task.name=copy"],
+    }
+    text = (
+        '[task]\nname = "addition"\nlengths = [1, 2, 3]\nexamples = 4\n[evaluation]\nlengths = [2, 4]\n'
+        '[model]\nwidth = 16\nlayers = 2\nheads = 2\ncontext = 30\ndevice = "cpu"\n'
+        "[training]\nupdates = 2\nbatch = 2\n"
+    )
+    (trained / "task.toml").write_text(text)
+    for name, settings in changes.items():
+        train(config.read(trained / "task.toml", settings), trained / name)
+    return trained
+
+
+def test_a_run_of_a_task_is_looked_at_on_problems_that_it_was_not_trained_on(of_task):
+    rows = analyze_run(of_task / "adding", inputs=3)
+    problems = Problems("addition", lengths=[1, 2, 3])
+    inputs = {row["problems"]: row for row in rows if row["metric"] == "inputs"}
+    assert inputs.keys() == {3, 4} and inputs[3]["value"] == inputs[4]["value"] == 3
+    for length, row in inputs.items():
+        sizes = [len(each.encoded.tokens) - 1 for each in problems.measured(length, 256)]
+        assert row["length"] == max(size for size in sizes if sizes.count(size) >= 3)
+        assert row["data"] == "addition" and row["context"] == problems.tokens(3) - 1
+    model = lookfar.load(of_task / "adding")
+    masses = []
+    shown = [each.encoded.tokens[:-1] for each in problems.measured(4, 256)]
+    for tokens in [each for each in shown if len(each) == inputs[4]["length"]][:3]:
+        for layer, found in trace_model(model, torch.from_numpy(tokens)[None]):
+            if layer == 1:
+                masses.append(found.weights[0, 0, 1:, 0].double().mean().item())
+    mass = [row for row in rows if row["metric"] == "first_token_mass" and (row["layer"], row["head"]) == (1, 0)]
+    assert mass[1]["length"] == inputs[4]["length"] and mass[1]["value"] == pytest.approx(sum(masses) / 3, abs=1e-6)
+    page = write_page(of_task / "adding" / "analysis").read_text()
+    assert "problems of length 3 and 4, in" in page
+
+
+def test_a_run_whose_digits_are_numbered_is_looked_at_in_those_numbers(of_task, monkeypatch):
+    given, states = [], lookfar.Decoder.states
+
+    def note(self, tokens, **settings):
+        given.append((tokens[0].tolist(), settings["positions"][0].tolist()))
+        return states(self, tokens, **settings)
+
+    monkeypatch.setattr(lookfar.Decoder, "states", note)
+    analyze_run(of_task / "by_digits", lengths=[2], inputs=2, wanted=["entropy"])
+    spelled = Problems("addition", lengths=[1, 2, 3]).vocabulary.pieces
+    assert len(given) == 2
+    for tokens, positions in given:
+        assert positions == abacus([spelled[token] for token in tokens]).tolist() and max(positions) >= 2
+
+
+def test_two_runs_of_a_task_are_compared_and_of_two_tasks_refused(of_task):
+    rows = analyze_run(of_task / "adding", against=of_task / "by_digits", lengths=[2], inputs=1, wanted=["divergence"])
+    assert any(row["metric"] == "divergence" and row["against"] == "by_digits" for row in rows)
+    with pytest.raises(UserError, match="are of different tasks"):
+        analyze_run(of_task / "adding", against=of_task / "copying")
+    with pytest.raises(UserError, match="are of different tasks"):
+        analyze_run(of_task / "nope", against=of_task / "copying")
+
+
+def test_what_a_task_cannot_be_looked_at_on_is_told(of_task):
+    with pytest.raises(UserError, match=r"reads its problems alone; leave .*text.txt out"):
+        analyze_run(of_task / "adding", text=of_task / "text.txt")
+    with pytest.raises(UserError, match="addition has no problem of length 0"):
+        analyze_run(of_task / "adding", lengths=[0])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from safetensors.torch import load_model
 import lookfar
 from lookfar import cli
 from lookfar.batch import consecutive
-from lookfar.kernels.base import Call
-from lookfar.kernels.dispatch import preference
+from lookfar.cli.tables import show_rows
 from lookfar.sight import Sight
 from lookfar.training import export
 from lookfar.training import folder as run_folder
@@ -285,5 +284,18 @@ def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "explain", "kerple + dape_v2", "--length", "2048")
     assert code == 0 and "taken" in out and "rewrites the scores" in out
     assert "refuses: there are no slots" in out
-    for kernel in preference(Call(queries=2048, keys=2048)):
+    for kernel in lookfar.names("kernels"):
         assert kernel in out
+
+
+def test_rows_of_several_budgets_and_numberings_stand_in_lines_of_their_own(capsys):
+    about = {"scheme": "rope", "protocol": "sliding", "length": 8, "metric": "perplexity", "data": "text"}
+    rows = [{**about, "value": 5.25, "update": 40}, {**about, "value": 4.25, "update": 1080}]
+    rows += [{**about, "value": 7.75, "update": 1080, "numbering": "interpolated"}]
+    show_rows(rows)
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["rope", "sliding,", "after", "40", "updates", "5.25"] in told
+    assert ["rope", "sliding,", "after", "1,080", "updates", "4.25"] in told
+    assert ["rope", "sliding,", "interpolated,", "after", "1,080", "updates", "7.75"] in told
+    show_rows(rows[:1])
+    assert ["rope", "sliding", "5.25"] in [line.split() for line in capsys.readouterr().out.splitlines()]

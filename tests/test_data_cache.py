@@ -13,10 +13,11 @@ import pytest
 from lookfar.config import DataConfig
 from lookfar.data import cache, shards
 from lookfar.data.base import SPLITS
-from lookfar.data.cache import cache_folder, publish
+from lookfar.data.cache import publish
 from lookfar.data.corpus import open_corpus
 from lookfar.data.tokenizers import BytesTokenizer
 from lookfar.errors import UserError
+from lookfar.files import cache_folder
 
 LINES = [f"line {number} costs 3 €, or naïvely {number * 7919 % 101}.\n" for number in range(300)]
 

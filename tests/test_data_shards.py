@@ -17,7 +17,6 @@ from lookfar.batch import consecutive
 from lookfar.config import DataConfig, ModelConfig, Run, TrainingConfig
 from lookfar.data import portions, shards
 from lookfar.data.base import SPLITS, Document, Source
-from lookfar.data.cache import cache_folder
 from lookfar.data.corpus import open_corpus
 from lookfar.data.encoders import Encoders
 from lookfar.data.mixture import Mixture, ingredients, order
@@ -27,6 +26,7 @@ from lookfar.data.shards import Shards
 from lookfar.data.stream import Stream
 from lookfar.data.tokenizers import BytesTokenizer, train_bpe
 from lookfar.errors import UserError
+from lookfar.files import cache_folder
 from lookfar.model.decoder import Decoder
 from lookfar.training import objectives
 from lookfar.training.train import train

@@ -66,7 +66,7 @@ def on_gpu(given, dtype):
 
 
 def test_every_kernel_but_those_of_processors_is_asked():
-    assert {*preference(Call(device="cuda"))} == {*plugins.names("kernels")} - {"strips"}
+    assert {*preference(Call(device="cuda"))} == {*plugins.names("kernels")}
 
 
 def compare(expression, dtype, cases):

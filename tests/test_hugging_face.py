@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lookfar import cli
+from lookfar.data.base import Document
 from lookfar.errors import UserError
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.evaluation.protocols import find
@@ -128,6 +129,86 @@ def test_a_model_that_does_more_than_a_product_for_its_logits_is_measured_whole(
     windows = [text.tokens[max(0, place - 7) : place + 1] for place in range(1, len(text.tokens))]
     expected = np.mean([losses_after(model, window)[-1] for window in windows])
     assert measure(model, text, 7, "sliding(stride=1)")["loss"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_documents_of_a_folder_are_tokenized_alone_and_kept_apart(folder, loaded, tmp_path):
+    model, tokenizer = loaded[0], hugging_face.load(str(folder), device="cpu")[1]
+    texts = ["the weather of", "über alles 3 €\n", " one two three"]
+    for name, text in zip(("a.txt", "b.txt", "deep/c.md"), texts, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = hugging_face.encode(tokenizer, tmp_path)
+    alone = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert found.tokens.tolist() == [*alone[0], *alone[1], *alone[2]]  # this tokenizer has no token that ends a text
+    assert found.starts.tolist() == [0, len(alone[0]), len(alone[0]) + len(alone[1])]
+    assert found.label.startswith(f"{tmp_path.name}@")
+    assert int(found.spelling.bytes.sum()) == len("".join(texts).encode())
+    rows = measure(model, found, 6, "non_overlapping")
+    assert rows["loss"]["documents"] == 3 and rows["loss"]["low"] < rows["loss"]["value"] < rows["loss"]["high"]
+    tokenizer.add_special_tokens({"eos_token": "<s>"})
+    ended = hugging_face.encode(tokenizer, tmp_path)
+    assert ended.tokens.tolist() == [*alone[0], 0, *alone[1], 0, *alone[2]]
+    assert ended.starts.tolist() == [0, len(alone[0]) + 1, len(alone[0]) + len(alone[1]) + 2]
+    assert int(ended.spelling.bytes.sum()) == int(found.spelling.bytes.sum())
+    assert (
+        int(ended.spelling.within.sum()) == int(found.spelling.within.sum()) == sum(len(each.split()) for each in texts)
+    )
+    last = measure(model, ended, 3, "last(k=2)")
+    assert last["loss"]["documents"] == 3
+
+
+def test_documents_of_a_source_are_those_of_its_held_out_split(folder, tmp_path, monkeypatch):
+    tokenizer = hugging_face.load(str(folder), device="cpu")[1]
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"{split} of it one two", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = hugging_face.encode(tokenizer, "text_file(path='.')")
+    assert found.tokens.tolist() == tokenizer("valid of it one two", add_special_tokens=False)["input_ids"]
+    assert found.label.startswith("text_file(path='.')@")
+    with pytest.raises(UserError, match="names 2 sources"):
+        hugging_face.encode(tokenizer, "text_file(path=a) + python_library")
+    with pytest.raises(UserError, match="There is no file nowhere"):
+        hugging_face.encode(tokenizer, "nowhere")
+
+
+def test_parts_of_a_long_document_are_one():
+    parts = [Document("a", "one "), Document("a", "two", continues=True), Document("b", "three")]
+    assert [*hugging_face._joined(parts)] == ["one two", "three"]
+
+
+def test_a_model_that_cannot_make_the_last_logits_alone_is_measured_all_the_same(loaded):
+    model, text = loaded
+
+    class Old(torch.nn.Module):
+        """A model whose forward knows no `logits_to_keep`, and which has no part that gives states."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config, self.device, self.dtype = (
+                model.model,
+                model.model.config,
+                model.device,
+                model.dtype,
+            )
+
+        @property
+        def base_model(self):
+            return self
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def get_output_embeddings(self):
+            return self.inner.get_output_embeddings()
+
+        def forward(self, input_ids, use_cache=None):
+            return self.inner(input_ids=input_ids, use_cache=use_cache)
+
+    old = hugging_face.CausalModel(Old(), "old")
+    assert old.head is None and not old.keeps
+    for protocol in ("sliding(stride=1)", "last(k=3)"):
+        expected = measure(model, text, 7, protocol)["loss"]["value"]
+        assert measure(old, text, 7, protocol)["loss"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_learned_table_ends_and_a_rotation_does_not(tmp_path, loaded):

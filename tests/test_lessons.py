@@ -244,7 +244,7 @@ def test_the_weights_of_a_task_are_exported(a_run, tmp_path):
 def answers(monkeypatch, write):
     """A model that writes `write(problem)` after each problem, in tokens."""
 
-    def written(model, problems):
+    def written(model, problems, numbers):
         return [write(each) for each in problems]
 
     monkeypatch.setattr(accuracy, "_written", written)

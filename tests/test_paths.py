@@ -15,7 +15,7 @@ import paths
 from lookfar.attention import reference
 from lookfar.errors import UserError
 from lookfar.sight import Sight
-from paths import GROUPS, KERNELS, PASSES, PATHS, SIGHTS, TYPES
+from paths import GROUPS, KERNELS, ON_A_GPU, PASSES, PATHS, SIGHTS, TYPES
 from test_kernels import KERNELS as BUILT
 from test_kernels import Shape, leaves, scheme_of
 from test_laws import ALONE, CHOICES, METHODS, PAIRS, one_thread, tensors, words  # noqa: F401  # a fixture
@@ -217,6 +217,6 @@ def test_the_page_has_a_cell_for_every_method_on_every_path():
     for path, cells in COMMITTED.items():
         assert set(page.methods()) <= set(cells), path
         assert all(cell == "exact" or cell.startswith("refuses, because ") for cell in cells.values()), path
-    assert {*lookfar.names("kernels")} <= {*PATHS}
+    assert {*lookfar.names("kernels")} <= {*PATHS} | ON_A_GPU
     assert page.methods() == ["nope", *METHODS] and {*GROUPS} == {SIGHTS, KERNELS, TYPES, PASSES}
     assert COMMITTED["both ways"]["dape_v2(repair=paper)"].startswith("refuses, because dape_v2(repair=paper) is exact")

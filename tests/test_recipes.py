@@ -91,7 +91,8 @@ def test_a_recipe_trains_two_updates_for_real_when_small(name, book, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"), [("length_small", 60), ("length_paper", 255), ("schedules", 24), ("demo", 8)]
+    ("name", "runs"),
+    [("length_small", 60), ("scratchpad_small", 8), ("length_paper", 255), ("schedules", 24), ("demo", 8)],
 )
 def test_every_run_of_a_study_could_be_trained(name, runs):
     planned = expand(config.read(RECIPES / f"{name}.toml", (), config.Study))
@@ -113,8 +114,9 @@ def test_the_published_length_study_has_its_models_its_lengths_and_its_tasks():
     assert run.training.warmup == 0.06 * run.training.updates
 
 
-def test_the_small_length_study_is_small():
-    planned = expand(config.read(RECIPES / "length_small.toml", (), config.Study))
+@pytest.mark.parametrize("name", ["length_small", "scratchpad_small"])
+def test_a_small_length_study_is_small(name):
+    planned = expand(config.read(RECIPES / f"{name}.toml", (), config.Study))
     for run in (each.run for each in planned):
         vocabulary = len(problems_of(run.task).vocabulary)
         with META:

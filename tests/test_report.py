@@ -15,6 +15,7 @@ import pytest
 
 from lookfar.errors import UserError
 from lookfar.study import figures
+from lookfar.study.position_figures import by_position
 from lookfar.study.records import collect, name_series
 from lookfar.study.report import write_report
 
@@ -466,7 +467,7 @@ def test_rows_of_unknown_metrics_are_ignored(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", perplexities=FLAT)
     with (folder / "rows.jsonl").open("a") as rows:
         rows.write('{"metric": "sink_mass", "layer": 3}\n')
-    assert len(collect([folder])[0].rows) == 9
+    assert len(collect([folder])[0].rows) == 15
 
 
 def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
@@ -494,3 +495,91 @@ def test_runs_without_any_measurement_still_make_a_page(tmp_path: Path) -> None:
 def test_the_report_is_imported_without_altair() -> None:
     code = "import sys, lookfar.study.report; print({'altair', 'vl_convert', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def measured(folder, seed=0, **more):
+    """A run with rows in other units, with intervals, and by place in the window."""
+    make_run(folder, "alibi", seed, {64: 5.0, 128: 6.0})
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if row["metric"] != "bits_per_byte"]
+    for row in [row for row in kept if row["metric"] == "perplexity"]:
+        row |= {"low": row["value"] - 1, "high": row["value"] + 2, "documents": 9}
+        kept.append({**row, "metric": "bits_per_byte", "value": math.log2(row["value"]) + seed})
+        kept.append({**row, "metric": "word_perplexity", "value": 12.5 * row["value"]})
+        if row["protocol"] == "non_overlapping":
+            stretches = [(1, 1), (2, 2), (3, 4), (65, 128)]
+            kept += [
+                {**row, "metric": "loss_at", "value": 3.0 - last / 100, "count": 9 * last, "of": 9}
+                | {"from": first, "to": last}
+                for first, last in stretches
+            ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")
+    return folder
+
+
+def values_of(specification, field):
+    """All that is drawn under a field."""
+    return [
+        row[field]
+        for layer in specification["layer"]
+        for row in layer.get("data", {}).get("values", [])
+        if row.get(field) is not None
+    ]
+
+
+def drawn_on(page):
+    return [
+        json.loads(each) for each in re.findall(r'<script type="application/json">(.*?)</script>', page.read_text())
+    ]
+
+
+def test_the_page_shows_other_units_where_rows_have_them(tmp_path):
+    page = write_report([measured(tmp_path / "s0")])
+    text = page.read_text()
+    details = text.partition("<details>")[2].partition("</details>")[0]
+    assert "bits per byte, non-overlapping" in details and "perplexity per word, sliding" in details
+    assert ">2.32<" in details and ">62.5<" in details  # at the trained length
+    for each in tmp_path.glob("s0/rows.jsonl"):
+        lines = [line for line in each.read_text().splitlines() if '"word_' not in line and '"bits_' not in line]
+        each.write_text("\n".join(lines) + "\n")
+    assert "<details>" not in write_report([tmp_path / "s0"]).read_text()
+
+
+def test_a_single_seed_has_its_interval_over_documents_and_several_tell_theirs(tmp_path):
+    page = write_report([measured(tmp_path / "one" / "s0")])
+    panel = drawn_on(page)[0]
+    assert {4.0, 5.0} == set(values_of(panel, "least")) and {7.0, 8.0} == set(values_of(panel, "most"))
+    assert "0: 4.000 to 7.000" in values_of(panel, "documents")
+    measured(tmp_path / "two" / "s0")
+    measured(tmp_path / "two" / "s1", seed=1)
+    panel = drawn_on(write_report([tmp_path / "two"]))[0]
+    assert not values_of(panel, "least")
+    assert "0: 4.000 to 7.000, 1: 4.000 to 7.000" in values_of(panel, "documents")
+
+
+def test_the_loss_by_place_is_drawn_at_the_longest_length(tmp_path):
+    page = write_report([measured(tmp_path / "s0")])
+    (panel,) = [each for each in drawn_on(page) if "128 tokens" in str(each.get("title"))]
+    assert panel["title"] == "non-overlapping, 128 tokens"
+    assert {1, 2, 4, 128} <= set(values_of(panel, "to")) and "65 to 128" in values_of(panel, "place")
+    assert (page.parent / "figures" / "by_position.svg").stat().st_size > 1000
+
+
+def test_what_few_windows_score_is_not_drawn_by_place():
+    about = {
+        "series": "rope",
+        "metric": "loss_at",
+        "protocol": "sliding",
+        "length": 8,
+        "context": 8,
+        "unit": "byte",
+        "seed": 0,
+    }
+    rows = [
+        {**about, "from": 1, "to": 1, "value": 2.0, "count": 7},
+        {**about, "from": 2, "to": 2, "value": 1.0, "count": 8},
+    ]
+    rows += [{**about, "from": 5, "to": 8, "value": 1.5, "count": 40}]
+    (chart,) = by_position(rows, figures.looks({"rope": "rope"}))
+    assert {row["to"] for layer in chart.to_dict(validate=False)["layer"] for row in layer["data"]["values"]} == {2, 8}
+    assert not by_position(rows[1:2], figures.looks({"rope": "rope"}))

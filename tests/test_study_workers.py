@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from lookfar.config import Study
 from lookfar.errors import UserError
 from lookfar.study import workers
 from lookfar.study.runner import run_study
-from lookfar.training import folder
+from lookfar.training import checkpoint, folder
 from lookfar.training.train import Interrupted
 from test_study import Watching
 
@@ -50,10 +52,10 @@ def whole(a_study, tmp_path_factory):
     return contents(place)
 
 
-def contents(place):
+def contents(place, updates=UPDATES):
     """The rows of a study that are not about time, and the weights of its runs."""
     rows = [row for row in files.read_lines(place / "rows.jsonl") if row["metric"] not in OF_TIME]
-    last = sorted(place.glob(f"*/checkpoints/{UPDATES}/model.safetensors"))
+    last = sorted(place.glob(f"*/checkpoints/{updates}/model.safetensors"))
     return rows, [(file.parts[-4], file.read_bytes()) for file in last]
 
 
@@ -193,7 +195,7 @@ class Cluster:
 
     def __init__(self, deaths=()):
         self.deaths, self.options, self.open = deaths, [], False
-        self.exceptions = SimpleNamespace(RayError=ConnectionError)
+        self.exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=ConnectionError)
 
     def init(self, **options):
         self.open = True
@@ -226,6 +228,7 @@ class Cluster:
 def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monkeypatch):
     cluster = Cluster(deaths=["alibi-s3"])
     monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     failed = run_study(a_study(), tmp_path, Watching(), workers=3, on="ray")
     assert failed == {"alibi-s3": "Its worker died twice (ConnectionError)."} and not cluster.open
     assert cluster.options == [{"num_cpus": 2, "max_retries": 1}]
@@ -234,30 +237,142 @@ def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monk
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.long
-def test_a_node_that_is_killed_costs_nothing(a_study, whole, tmp_path):
-    ray = pytest.importorskip("ray")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(a_study, tmp_path, monkeypatch, address):
+    cluster = Cluster()
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=r"No Ray cluster answers at RAY_ADDRESS='.*:1'; correct it, or unset it"):
+        run_study(a_study(), tmp_path, Watching(), on="ray")
+    assert not list(tmp_path.glob("*/run.toml"))
+
+
+@contextmanager
+def a_cluster(monkeypatch, *processors):
+    """Ray's own cluster of several nodes in this machine, where RAY_ADDRESS finds it."""
+    pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    other = cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, log_to_driver=False)
-    killed = []
-
-    class Killing(Watching):
-        def __call__(self, title):
-            if len(self.titles) == 2 and not killed:  # both runs are sent
-                for _ in range(600):
-                    if len([*tmp_path.glob("*/checkpoints/100")]) == 2:
-                        break
-                    time.sleep(0.1)
-                cluster.remove_node(other, allow_graceful=False)
-                killed.append(other)
-            return super().__call__(title)
-
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": processors[0]})
     try:
-        assert run_study(a_study(), tmp_path, Killing(), on="ray") == {}
+        nodes = [cluster.add_node(num_cpus=each) for each in processors[1:]]
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster, nodes
     finally:
-        ray.shutdown()
         cluster.shutdown()
-    assert killed and contents(tmp_path) == whole
+
+
+@contextmanager
+def meanwhile(act):
+    """Do something in a thread while something else is done; what it raises is raised."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(act)
+        yield
+        future.result(60)
+
+
+def in_time(condition):
+    """What a condition gives as soon as it gives something, or a failure after a minute."""
+    for _ in range(6000):
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise TimeoutError(condition)
+
+
+def workers_in(place):
+    """The processes, other than this one, that hold this folder or a file in it open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it is gone, or another user's
+            if any(str(link.readlink()).startswith(f"{place}/") for link in (process / "fd").iterdir()):
+                found.append(int(process.name))
+    return [each for each in found if each != os.getpid()]
+
+
+def saved(place):
+    """Whether a run has saved and goes on."""
+    return list(place.glob("checkpoints/*/hashes.json")) and "finished" not in checkpoint.read_manifest(place)
+
+
+@pytest.mark.long
+def test_a_node_that_is_killed_in_the_midst_of_a_run_costs_nothing(a_study, tmp_path, monkeypatch):
+    longer = a_study("training.updates=1200")
+    assert run_study(longer, tmp_path / "whole", Watching()) == {}
+    place, names = tmp_path / "study", ["rope-s3", "alibi-s3"]
+    of_node = []
+
+    def kill():
+        in_time(lambda: all(saved(place / name) for name in names))
+        before = {name: workers_in(place / name) for name in names}
+        cluster.remove_node(other, allow_graceful=False)
+        assert all(saved(place / name) for name in names)  # neither was done
+        left = in_time(lambda: [name for name in names if not set(before[name]) & set(workers_in(place / name))])
+        of_node.extend(left)
+
+    with a_cluster(monkeypatch, 1, 1) as (cluster, [other]), meanwhile(kill):  # each node has room for one run
+        assert run_study(longer, place, Watching(), on="ray") == {}
+    assert len(of_node) == 1
+    assert contents(place, 1200) == contents(tmp_path / "whole", 1200)
+
+
+@pytest.mark.long
+def test_a_local_cluster_is_started_and_a_worker_that_dies_is_begun_again_once(a_study, whole, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    pids = {"alibi-s3": [], "rope-s3": []}
+
+    def kill(name, times):
+        while len(pids[name]) < times:
+            (pid,) = in_time(lambda: [each for each in workers_in(tmp_path / name) if each not in pids[name]])
+            pids[name].append(pid)
+            os.kill(pid, signal.SIGKILL)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with meanwhile(lambda: kill("alibi-s3", 1)), meanwhile(lambda: kill("rope-s3", 2)):
+        failed = run_study(a_study(), tmp_path, Watching(), on="ray")
+    assert failed == {"rope-s3": "Its worker died twice (WorkerCrashedError)."}
+    assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) is before
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert run_study(a_study(), tmp_path, Watching()) == {}
+    assert contents(tmp_path) == whole
+
+
+class Broken:
+    """A job that arrives at a worker as nothing, and leaves a mark there."""
+
+    def __init__(self, tries):
+        self.tries = tries
+
+    def __reduce__(self):
+        return exec, (f"with open({str(self.tries)!r}, 'a') as file: file.write('x')",)
+
+
+@pytest.mark.long
+def test_a_run_that_fails_on_ray_is_told_as_it_is_here_and_not_begun_again(a_study, tmp_path, monkeypatch):
+    with a_cluster(monkeypatch, 1):
+        overrides = ("training.rate=1e30", "training.clip=none", "study.schemes=['rope']")
+        failed = run_study(a_study(*overrides), tmp_path / "far", Watching(), on="ray")
+        assert "is nan" in failed["rope-s3"] or "is inf" in failed["rope-s3"]
+        tries = tmp_path / "tries"
+        monkeypatch.setattr("lookfar.study.work.Job.to_plain", lambda job: Broken(tries))
+        failed = run_study(a_study("study.schemes=['rope']"), tmp_path / "broken", Watching(), on="ray")
+    assert failed == {"rope-s3": "TypeError: 'NoneType' object is not subscriptable"}
+    assert tries.read_text() == "x"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_what_runs_on_ray_after_it_has_saved(a_study, tmp_path, monkeypatch, number):
+    endless = a_study("training.updates=1000000", "training.checkpoint_every=none")
+
+    def stop():
+        in_time(lambda: (tmp_path / "rope-s3" / "log.jsonl").exists())
+        os.kill(os.getpid(), number)
+
+    with a_cluster(monkeypatch, 1), meanwhile(stop), pytest.raises(Interrupted, match="is saved") as stopped:
+        run_study(endless, tmp_path, Watching(), on="ray")
+    assert stopped.value.signal == number
+    assert list(tmp_path.glob("rope-s3/checkpoints/*/hashes.json"))
+    assert not (tmp_path / "alibi-s3").exists()  # it had not begun

@@ -150,7 +150,9 @@ class TrainingConfig(_Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Positive | None = 1.0
     skip_not_finite: Annotated[int, Field(ge=0)] = 0  # updates, in all, that may be passed over for such a loss
-    numbering: str = "consecutive"  # of the tokens of a line: also randomized(largest=2048), interpolated
+    numbering: str = (
+        "consecutive"  # also randomized(largest=2048), interpolated; of digits: abacus(largest=100), coupled
+    )
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 products where the processor has them
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count | None = None  # None: at the end, and when interrupted

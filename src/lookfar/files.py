@@ -83,3 +83,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write objects as JSON lines, whole or not at all."""
     write(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def cache_folder(setting: str | None = None) -> Path:
+    """The setting, else $LOOKFAR_CACHE, else lookfar in $XDG_CACHE_HOME, else ~/.cache/lookfar."""
+    if chosen := setting or os.environ.get("LOOKFAR_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lookfar"

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
+from torch.nn import functional as F
 
 from lookfar.errors import UserError
 
@@ -209,6 +210,24 @@ class Sight:
             even = even | (self.key_documents.diff(dim=1) != 0) | (self.key_documents[:, 1:] < 0)
         return bool(even.all())
 
+    @cached_property
+    def stretches(self) -> tuple[Int[Tensor, "b q"], Int[Tensor, "b k"]] | None:
+        """The first key that each query sees by its document, and the last query that sees each key, both counted here.
+
+        A padding token stands alone. None where there are no documents, or where they lie in between one another. A key
+        that no query sees has a last query before the first.
+        """
+        documents = self.key_documents
+        if documents is None or self.scattered:
+            return None
+        breaks = (documents[:, 1:] != documents[:, :-1]) | (documents[:, 1:] < 0)
+        places = torch.arange(self.keys, device=documents.device)
+        first = torch.where(F.pad(breaks, (1, 0), value=True), places, 0).cummax(1).values
+        ends = torch.where(F.pad(breaks, (0, 1), value=True), places, self.keys)
+        last = ends.flip(1).cummin(1).values.flip(1)
+        ahead = self.first_query - self.first_key
+        return first[:, ahead : ahead + self.queries], last - ahead
+
     @property
     def last(self) -> bool:
         """Whether the queries are the last of the keys, so that none of these lies ahead of the last query."""
@@ -242,6 +261,15 @@ class Sight:
         if self.text is not None or self.key_documents is not None:
             seen = seen | itself
         return seen[:, None]
+
+    def starts(self) -> Int[Tensor, "#b q"]:
+        """The first key that each query sees, counted among these keys; it sees all from there to itself.
+
+        Holds for sights that are neither scattered, nor ahead, nor have slots.
+        """
+        own = torch.arange(self.queries, device=self.key_positions.device)[None] + self.first_query - self.first_key
+        starts = torch.zeros_like(own) if self.window is None else (own - self.window + 1).clamp(min=0)
+        return starts if self.stretches is None else torch.maximum(self.stretches[0], starts)
 
     def rows(self, start: int, stop: int, *, step: int = 1) -> "Sight":
         """The queries from `start` to `stop`, against only the keys that one of them can see by order and window.

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from lookfar import files, plugins
 from lookfar.analysis.base import Analysis, Row
+from lookfar.analysis.inputs import inputs_of
 from lookfar.analysis.traces import trace
+from lookfar.attention.trace import Trace
 from lookfar.config import Run
-from lookfar.data.tokenizers import load_tokenizer
 from lookfar.errors import UserError
-from lookfar.evaluation.base import Progress, Text
+from lookfar.evaluation.base import Progress
 from lookfar.model.attention import Attention
 from lookfar.model.decoder import Decoder
+from lookfar.tasks.numbering import DigitPositions
 from lookfar.training import folder as run_folder
 from lookfar.training.checkpoint import load
-from lookfar.training.evaluate import from_file, held_out
-from lookfar.training.measure import about
+from lookfar.training.measure import about, numbers_of
+from lookfar.training.problems import most_tokens, problems_of, tokenizer_of
 
 ROWS, ARRAYS, ARRAYS_OF_OTHER = "rows.jsonl", "arrays.npz", "arrays_of_other.npz"
 PROTOCOL = "analysis"
@@ -50,13 +52,14 @@ def analyze_run(
     trust: bool = False,
     progress: Progress = lambda what, part: None,
 ) -> list[Row]:
-    """Look into a run on held-out text; the rows and arrays go into `analysis/` in its folder, those of before go.
+    """Look into a run on held-out text or problems; rows and arrays go into `analysis/` of its folder, older ones go.
 
     Args:
         folder: of the run; its last whole checkpoint is looked into.
         against: another run of the same tokens, layers and heads, to be compared on the same input.
         lengths: tokens of each input; by default the trained length, and twice that where the model can number it.
-        inputs: windows of the text at each length, evenly apart.
+            Of a task, lengths of problems; by default the longest that is trained on, and the longest measured.
+        inputs: windows of the text at each length, evenly apart, or problems with their right solutions.
         text: a UTF-8 file; by default the held-out split of the run's corpus.
         wanted: analyses, such as `entropy` or `attended_distance(bins=40)`; by default all.
         output: a folder for what is found.
@@ -69,29 +72,24 @@ def analyze_run(
     for term in terms:  # a mistake is told before a model is loaded
         plugins.check(plugins.find("analysis", term.name), term)
     subjects = _open([each for each in (folder, against) if each is not None], trust)
-    if any(each.run.task.name is not None for each in subjects):
-        raise UserError(
-            f"{folder} was trained on a task, and analyses read text; choose a run that was trained on text."
-        )
     if len(subjects) == 2:
         _refuse_unlike(*subjects)
     first = subjects[0]
     foreign = any("." in term.name for term in plugins.parse(first.run.data.source))
     if foreign and text is None and not trust:
         raise UserError(f"{folder} would execute the code of {first.run.data.source!r}; allow it with trust=True.")
-    data = first.run.data, first.run.evaluation.split
-    stream = held_out(folder, *data) if text is None else from_file(folder, text)
-    lengths = lengths or _lengths(subjects, len(stream.tokens))
+    farthest = min((each for each in map(_farthest, subjects) if each is not None), default=None)
+    found = inputs_of(folder, first.run, lengths=lengths, count=inputs, text=text, farthest=farthest)
     for each in subjects:
-        _refuse_length(each, max(lengths))
+        _refuse_length(each, max(some.length for some in found))
     rows: list[Row] = []
     arrays: list[dict[str, np.ndarray]] = [{} for _ in subjects]
-    for length in lengths:
-        windows = list(_windows(stream, length, inputs))
-        found = _look(subjects, terms, windows, lambda part, length=length: progress(f"analysis at {length}", part))
-        place = {"data": stream.label, "protocol": PROTOCOL, "length": length}
-        taken = {"metric": "inputs", "layer": None, "head": None, "value": len(windows), "count": length * len(windows)}
-        for subject, kept, analyses in zip(subjects, arrays, found, strict=True):
+    for some in found:
+        length, count = some.length, len(some.tokens)
+        seen = _look(subjects, terms, some.tokens, lambda part, length=length: progress(f"analysis at {length}", part))
+        place = {"data": some.label, "protocol": PROTOCOL, "length": length, **some.about}
+        taken = {"metric": "inputs", "layer": None, "head": None, "value": count, "count": length * count}
+        for subject, kept, analyses in zip(subjects, arrays, seen, strict=True):
             rows.append({**subject.about, **place, **taken})
             for findings in (each.conclude() for each in analyses):
                 rows += [{**subject.about, **place, **row} for row in findings.rows]
@@ -109,7 +107,7 @@ def _look(
     """The analyses of each run after they have seen all windows; those of the first have seen both, side by side."""
     analyses = [[plugins.build("analysis", term, windows[0].shape[1]) for term in terms] for _ in subjects]
     for done, window in enumerate(windows, start=1):
-        walks = [trace(each.model, window.to(each.model.embedding.weight.device)) for each in subjects]
+        walks = [_traced(each, window) for each in subjects]
         for found in zip(*walks, strict=True):
             for place, of_run in enumerate(analyses):
                 (layer, own), others = found[place], found[place + 1 :]
@@ -117,6 +115,13 @@ def _look(
                     each.look(layer, own, others[0][1] if others else None)
         progress(done / len(windows))
     return analyses
+
+
+def _traced(subject: Subject, tokens: Int[Tensor, "1 t"]) -> Iterator[tuple[int, Trace]]:
+    """Every layer's attention on an input, numbered as the run numbers it."""
+    device, numbers = subject.model.device, _numbers(subject)
+    positions = None if numbers is None else torch.from_numpy(numbers.measured(tokens[0].tolist()))[None].to(device)
+    return trace(subject.model, tokens.to(device), positions=positions)
 
 
 def _open(folders: Sequence[Path], trust: bool) -> list[Subject]:
@@ -127,16 +132,30 @@ def _open(folders: Sequence[Path], trust: bool) -> list[Subject]:
     subjects = []
     for folder, name, other in zip(folders, names, [*names[1:], None], strict=True):
         run, _ = run_folder.read(folder)
-        told = {**about(run, folder), "run": name, **({} if other is None else {"against": other})}
-        subjects.append(Subject(folder, run, load(folder, trust=trust), told))
+        model = load(folder, trust=trust)  # or a refusal to, before a task of the user's own is asked
+        trained = {} if run.task.name is None else {"context": _trained(run)}
+        told = {**about(run, folder), **trained, "run": name, **({} if other is None else {"against": other})}
+        subjects.append(Subject(folder, run, model, told))
     return subjects
+
+
+def _trained(run: Run) -> int:
+    """The inputs of the longest problems that a run is trained on: what its context holds may be more."""
+    problems = problems_of(run.task)
+    return min(run.model.context, most_tokens(problems, [problems.longest_trained]) - 1)
 
 
 def _refuse_unlike(one: Subject, other: Subject) -> None:
     """Raise a `UserError` where two runs have no common input, or no heads that could be paired."""
-    prints = [load_tokenizer(each.folder).fingerprint for each in (one, other)]
+    tasks = [each.run.task.model_dump(include={"name", "scratchpad", "bos"}) for each in (one, other)]
+    if tasks[0] != tasks[1]:
+        raise UserError(
+            f"{one.folder} and {other.folder} are of different tasks ({tasks[0]}, {tasks[1]}), so they have no input "
+            "in common; compare runs of one task."
+        )
+    prints = [tokenizer_of(each.folder).fingerprint for each in (one, other)]
     if prints[0] != prints[1]:
-        sizes = [load_tokenizer(each.folder).vocabulary for each in (one, other)]
+        sizes = [tokenizer_of(each.folder).vocabulary for each in (one, other)]
         raise UserError(
             f"{one.folder} and {other.folder} read different tokens (vocabularies of {sizes[0]} and {sizes[1]}, "
             f"tokenizers {prints[0]} and {prints[1]}), so they have no input in common; compare runs of one tokenizer."
@@ -160,31 +179,22 @@ def _attentions(model: Decoder) -> list[Attention]:
     return [each for each in model.modules() if isinstance(each, Attention)]
 
 
-def _lengths(subjects: Sequence[Subject], tokens: int) -> list[int]:
-    """The trained length, and twice that where the models can number it and the text is that long."""
-    context = subjects[0].run.model.context
-    farthest = min(each.model.farthest or tokens for each in subjects)
-    return [context, 2 * context] if 2 * context <= min(farthest, tokens) else [context]
+def _farthest(subject: Subject) -> int | None:
+    """How many tokens a run can number; None: any number of them, and where their digits are numbered."""
+    return None if _numbers(subject) is not None else subject.model.farthest
+
+
+def _numbers(subject: Subject) -> DigitPositions | None:
+    return None if subject.run.task.name is None else numbers_of(subject.run, subject.model)
 
 
 def _refuse_length(subject: Subject, length: int) -> None:
-    if subject.model.farthest is not None and length > subject.model.farthest:
+    farthest = _farthest(subject)
+    if farthest is not None and length > farthest:
         raise UserError(
-            f"{length} tokens are more than the {subject.model.farthest} positions of the learned table of "
+            f"{length} tokens are more than the {farthest} positions of the learned table of "
             f"{subject.folder}; ask for fewer."
         )
-
-
-def _windows(text: Text, length: int, count: int) -> Iterator[Int[Tensor, "1 t"]]:
-    """At most `count` windows of the text, evenly apart, none overlapping another."""
-    room = len(text.tokens) // length
-    if not room:
-        raise UserError(
-            f"{text.label} has {len(text.tokens):,} tokens, fewer than one input of {length:,}; ask for a shorter one."
-        )
-    for start in np.linspace(0, len(text.tokens) - length, min(count, room)).astype(int):
-        places = np.arange(start, start + length)
-        yield torch.from_numpy(text.tokens[places].astype(np.int64))[None]
 
 
 def _publish(folder: Path, rows: Sequence[Row], arrays: Sequence[dict[str, np.ndarray]]) -> None:

@@ -98,7 +98,7 @@ class Scheme(nn.Module):
         return all(isinstance(bias, DistanceBias) for bias in self.biases)
 
     def table(self, distances: Num[Tensor, " n"]) -> Float[Tensor, "h n"]:
-        """The sum of all biases at these distances; there must be one, and all must be `by_distance`."""
+        """The sum of the biases that depend on the distance alone; there must be one."""
         tables = [bias.at(distances) for bias in self.biases if isinstance(bias, DistanceBias)]
         return self._per_map(reduce(torch.add, tables)[None])[0]
 

@@ -23,9 +23,11 @@ def analyze(
     text: Annotated[Path | None, typer.Option(help="A UTF-8 file; by default the run's held-out text.")] = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(min=2, help="Tokens of an input; by default as trained, and twice. May be repeated."),
+        typer.Option(
+            min=2, help="Tokens of an input, or length of problems; by default as trained, and beyond. Repeatable."
+        ),
     ] = None,
-    inputs: Annotated[int, typer.Option(min=1, help="Windows of the text at each length.")] = 4,
+    inputs: Annotated[int, typer.Option(min=1, help="Windows of the text, or problems, at each length.")] = 4,
     analysis: Annotated[
         list[str] | None, typer.Option(help="Such as entropy; by default all. May be repeated.", metavar="NAME")
     ] = None,

@@ -29,7 +29,10 @@ def evaluate(
         list[str] | None,
         typer.Option(help='Such as "sliding(stride=64)" or "last(k=256)"; by default the run\'s. May be repeated.'),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="A UTF-8 text file to measure on, instead of the run's.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A UTF-8 text file to measure on, instead of the run's; for hf: also a folder or a source."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Most tokens to score per length.", min=1)] = None,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Also write the loss by place in the window.")
@@ -54,7 +57,7 @@ def evaluate(
             Path(run),
             lengths=asked,
             wanted=protocol,
-            data=data,
+            data=None if data is None else Path(data),
             tokens=tokens,
             by_position=by_position,
             scheme=scheme,

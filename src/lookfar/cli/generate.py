@@ -35,7 +35,9 @@ def generate(
     """Write on from a prompt with the weights of a run; the first is shown as it comes, others after it."""
     from lookfar.data.writing import Writer
     from lookfar.model.generate import Sampling, stream
+    from lookfar.training import folder
     from lookfar.training.checkpoint import load
+    from lookfar.training.measure import numbers_of
     from lookfar.training.problems import tokenizer_of
 
     sampling = Sampling(
@@ -50,8 +52,17 @@ def generate(
     writers = [Writer(tokenizer, stop or []) for _ in prompt]
     given, later = [tokenizer.encode(each).tolist() for each in prompt], ["" for _ in prompt[1:]]
     typer.echo(prompt[0], nl=False)
+    trained, _ = folder.read(run)
+    numbers = None if trained.task.name is None else numbers_of(trained, model)
     for step in stream(
-        model, given, tokens=tokens, sampling=sampling, stop=writers[0].stops, seconds=seconds, block=block
+        model,
+        given,
+        tokens=tokens,
+        sampling=sampling,
+        stop=writers[0].stops,
+        seconds=seconds,
+        block=block,
+        positions=None if numbers is None else numbers.measured,
     ):
         first, *others = (writer.add(token) for writer, token in zip(writers, step, strict=True))
         typer.echo(first, nl=False)

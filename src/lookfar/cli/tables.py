@@ -32,15 +32,19 @@ def show_rows(rows: Iterable[dict[str, Any]]) -> None:
 
 def _show_lengths(rows: list[dict[str, Any]], title: str) -> None:
     lengths = sorted({row["length"] for row in rows})
-    cells = {(*_line(row), row["length"]): row for row in rows}
-    keys = dict.fromkeys(_line(row) for row in rows)
+    several = len({row.get("update") for row in rows if row.get("checkpoint") != "best"}) > 1  # budgets
+    cells = {(*_line(row, several), row["length"]): row for row in rows}
+    keys = dict.fromkeys(_line(row, several) for row in rows)
     lines = [(*key, *(_value(cells.get((*key, length))) for length in lengths)) for key in keys]
     show(("scheme", "protocol", *lengths_as_text(lengths)), lines, title, len(lengths))
 
 
-def _line(row: dict[str, Any]) -> tuple[str, str]:
+def _line(row: dict[str, Any], several: bool) -> tuple[str, str]:
+    """What tells a measurement from others of its length; its budget where there are several."""
     best = ", best checkpoint" if row.get("checkpoint") == "best" else ""
-    return row["scheme"], row["protocol"] + best
+    numbered = f", {row['numbering']}" if row.get("numbering") else ""
+    budget = f", after {row['update']:,} updates" if several and row.get("update") is not None and not best else ""
+    return row["scheme"], row["protocol"] + numbered + budget + best
 
 
 def lengths_as_text(lengths: Iterable[int]) -> list[str]:

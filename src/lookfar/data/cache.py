@@ -1,6 +1,5 @@
 """Publishes folders whole: built aside, made visible by one rename; whoever comes second takes what is there."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +12,6 @@ from lookfar.files import sync
 
 _PREFIX = ".building-"
 _STALE = 24 * 3600  # seconds without a write, after which a build is taken for dead
-
-
-def cache_folder(setting: str | None = None) -> Path:
-    """The setting, else $LOOKFAR_CACHE, else lookfar in $XDG_CACHE_HOME, else ~/.cache/lookfar."""
-    if chosen := setting or os.environ.get("LOOKFAR_CACHE"):
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lookfar"
 
 
 def publish(folder: Path, build: Callable[[Path], None], whole: Callable[[Path], bool]) -> None:

@@ -11,7 +11,7 @@ from numpy import ndarray
 from lookfar import plugins
 from lookfar.config import DataConfig
 from lookfar.data.base import Source, Split
-from lookfar.data.cache import cache_folder, publish
+from lookfar.data.cache import publish
 from lookfar.data.mixture import Ingredient, Mixture, ingredients, shares
 from lookfar.data.packing import Lines
 from lookfar.data.portions import pieces
@@ -19,6 +19,7 @@ from lookfar.data.shards import Progress, Shards
 from lookfar.data.stream import Stream
 from lookfar.data.tokenizers import BytesTokenizer, Tokenizer, load_tokenizer, train_bpe
 from lookfar.errors import UserError
+from lookfar.files import cache_folder
 
 
 @dataclass(frozen=True)

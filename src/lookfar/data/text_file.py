@@ -54,6 +54,12 @@ def read_text(path: str | Path) -> str:
     return _filled(whole(file, file.name)).read()
 
 
+def read_documents(folder: Path) -> Iterator[Document]:
+    """Every file of text below a folder, whole, sorted by path; a `UserError` where there is none, or no UTF-8."""
+    for piece in _files(folder):
+        yield Document(piece.name, piece.read())
+
+
 def _pieces(path: Path) -> dict[Split, list[Piece]]:
     if not path.exists():
         raise UserError(f"There is no file or folder {path}; set data.path to one that exists.")

@@ -10,6 +10,7 @@ from lookfar.errors import UserError
 from lookfar.evaluation.base import Progress, Row
 from lookfar.model.decoder import Decoder
 from lookfar.model.generate import Sampling, generate
+from lookfar.tasks.numbering import DigitPositions
 from lookfar.tasks.problems import Problem, Problems
 from lookfar.tasks.symbols import EOS, SPECIAL
 
@@ -18,14 +19,20 @@ ROOM = 8  # tokens that a model may write beyond the longest right solution, for
 
 
 def measure(
-    model: Decoder, problems: Problems, *, length: int, count: int, progress: Progress = lambda what, part: None
+    model: Decoder,
+    problems: Problems,
+    *,
+    length: int,
+    count: int,
+    numbers: DigitPositions | None = None,
+    progress: Progress = lambda what, part: None,
 ) -> list[Row]:
     """Flat rows of one length: `{data, protocol, length, metric, value, count, split, trained, …}`.
 
     `accuracy`: the final answers that are right, whatever stands around them. `first_wrong`: how far solutions are
     right, the part of their tokens before the first wrong one. Under a scratchpad, a row for each of its parts.
     Problems of a length that is trained on are those that are held out, and there may be fewer than `count`, or none,
-    and then no rows.
+    and then no rows. Tokens are numbered 0, 1, 2, … or by `numbers`, as they come.
 
     Raises:
         UserError: the problems need more positions than the model has.
@@ -36,7 +43,7 @@ def measure(
     scores: dict[str, list[float]] = {}
     done = 0
     for some in _batches(found):
-        for problem, tokens in zip(some, _written(model, some), strict=True):
+        for problem, tokens in zip(some, _written(model, some, numbers), strict=True):
             for metric, value in _scores(problems, problem, tokens).items():
                 scores.setdefault(metric, []).append(value)
         done += len(some)
@@ -62,7 +69,7 @@ def _split(problems: Problems, length: int) -> str:
     return "longer" if length > problems.longest_trained else "other"
 
 
-def loss(model: Decoder, problems: Problems, *, count: int) -> tuple[float, int]:
+def loss(model: Decoder, problems: Problems, *, count: int, numbers: DigitPositions | None = None) -> tuple[float, int]:
     """The mean loss in nats of held-out solutions of the trained lengths, `count` of each at most, and of how many."""
     total, lines = 0.0, 0
     device = model.embedding.weight.device
@@ -71,12 +78,16 @@ def loss(model: Decoder, problems: Problems, *, count: int) -> tuple[float, int]
             longest = max(len(each.encoded.tokens) for each in some)
             tokens = torch.zeros(len(some), longest, dtype=torch.long)
             targets = torch.full((len(some), longest), -100)
+            positions = None if numbers is None else torch.zeros(len(some), longest - 1, dtype=torch.long)
             for row, each in enumerate(some):
                 own = torch.from_numpy(each.encoded.tokens)
                 tokens[row, : len(own)] = own
                 targets[row, : len(own)] = own.masked_fill(~torch.from_numpy(each.encoded.written), -100)
+                if numbers is not None and positions is not None:
+                    positions[row, : len(own) - 1] = torch.from_numpy(numbers.measured(each.encoded.tokens[:-1]))
             with torch.inference_mode():
-                logits = model(tokens[:, :-1].to(device)).float().transpose(1, 2)
+                numbered = None if positions is None else positions.to(device)
+                logits = model(tokens[:, :-1].to(device), positions=numbered).float().transpose(1, 2)
                 wanted = targets[:, 1:].to(device)
                 losses = nn.functional.cross_entropy(logits, wanted, reduction="none").sum(1)
                 total += float((losses / (wanted >= 0).sum(1)).sum())
@@ -93,12 +104,12 @@ def _batches(problems: Sequence[Problem]) -> list[list[Problem]]:
     return [ordered[start : start + together] for start in range(0, len(ordered), together)]
 
 
-def _written(model: Decoder, problems: Sequence[Problem]) -> list[list[int]]:
+def _written(model: Decoder, problems: Sequence[Problem], numbers: DigitPositions | None = None) -> list[list[int]]:
     """The tokens that a model writes after each problem, to its EOS."""
     longest = max(int(each.encoded.written.sum()) for each in problems)
     prompts = [each.encoded.tokens[~each.encoded.written].tolist() for each in problems]
-    if model.farthest is None:
-        return _write(model, prompts, longest + ROOM)
+    if model.farthest is None or numbers is not None:  # which keep within the table
+        return _write(model, prompts, longest + ROOM, numbers)
     needed = max(len(each.encoded.tokens) for each in problems) - 1  # the last token is no input
     if needed > model.farthest:
         raise UserError(
@@ -114,9 +125,17 @@ def _written(model: Decoder, problems: Sequence[Problem]) -> list[list[int]]:
     return found
 
 
-def _write(model: Decoder, prompts: Sequence[list[int]], room: int) -> list[list[int]]:
-    greedy = Sampling(temperature=0.0)
-    return generate(model, prompts, tokens=room, sampling=greedy, stop=lambda tokens: tokens[-1] == EOS)
+def _write(
+    model: Decoder, prompts: Sequence[list[int]], room: int, numbers: DigitPositions | None = None
+) -> list[list[int]]:
+    return generate(
+        model,
+        prompts,
+        tokens=room,
+        sampling=Sampling(temperature=0.0),
+        stop=lambda tokens: tokens[-1] == EOS,
+        positions=None if numbers is None else numbers.measured,
+    )
 
 
 def _scores(problems: Problems, problem: Problem, tokens: list[int]) -> dict[str, float]:

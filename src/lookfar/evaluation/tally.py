@@ -16,7 +16,7 @@ class Tally:
     """Sums of losses, tokens, bytes and words. What it holds does not grow with the tokens that are scored."""
 
     def __init__(self, text: Text, length: int, count: int) -> None:
-        self.text, self.count = text, count
+        self.text, self.length, self.count = text, length, count
         self.sums = np.zeros((len(text.starts), 4))  # for each document: loss, tokens, bytes, words
         self.places = np.zeros((1 + (length - 1).bit_length(), 2))  # for each power of two: loss, tokens
 
@@ -55,10 +55,10 @@ class Tally:
             yield {"metric": metric, "value": value, **about, **bounds.get(metric, {})}
 
     def by_position(self) -> Iterator[Row]:
-        """The mean loss of tokens that follow 1, 2, 3 to 4, 5 to 8, … tokens of their window."""
+        """The mean loss of tokens that follow 1, 2, 3 to 4, 5 to 8, … tokens of their window, to its length."""
         for level, (loss, count) in enumerate(self.places):
             if count:
-                ends = {"from": (1 << level) // 2 + 1, "to": 1 << level}
+                ends = {"from": (1 << level) // 2 + 1, "to": min(1 << level, self.length)}
                 yield {"metric": "loss_at", "value": loss / count, "count": int(count), "of": self.count, **ends}
 
 

@@ -1,9 +1,10 @@
 """Measures any causal language model of the Hugging Face hub, by name or folder, as lookfar's own are measured."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from lookfar import plugins
+from lookfar.data.base import Document, Source
 from lookfar.data.spelling import SPACES, Spelling
-from lookfar.data.text_file import read_text
+from lookfar.data.text_file import read_documents, read_text
 from lookfar.errors import UserError
 from lookfar.evaluation import protocols
 from lookfar.evaluation.base import Progress, Row, Text
@@ -22,6 +25,7 @@ from lookfar.model.decoder import device_of
 from lookfar.training import folder as run_folder
 
 PREFIX = "hf:"
+PARTS = ("bytes", "within", "opens", "closes")  # of a spelling, a number for each token
 
 
 class CausalModel:
@@ -34,8 +38,9 @@ class CausalModel:
         self.vocabulary: int = settings.vocab_size
         self.farthest = _farthest(model, getattr(settings, "max_position_embeddings", None))
         self.context: int = getattr(settings, "max_position_embeddings", None) or 0
+        self.keeps = "logits_to_keep" in signature(model.forward).parameters  # can make the last logits alone
         self.head: nn.Module | None = model.get_output_embeddings()
-        if not self._head_is_all():
+        if model.base_model is model or not self._head_is_all():
             self.head = None
 
     @property
@@ -61,7 +66,8 @@ class CausalModel:
             raise UserError(f"{self.name} numbers its tokens itself; measure it with consecutive positions.")
         last = tokens.shape[1] if last is None else last
         if self.head is None:
-            return self.model(input_ids=tokens, use_cache=False, logits_to_keep=last).logits[:, -last:]
+            kept = {"logits_to_keep": last} if self.keeps else {}
+            return self.model(input_ids=tokens, use_cache=False, **kept).logits[:, -last:]
         return self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, -last:]
 
     def logits(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n vocabulary"]:
@@ -81,7 +87,7 @@ class CausalModel:
 def evaluate(
     name: str,
     *,
-    data: Path,
+    data: Path | str,
     lengths: Sequence[int],
     wanted: Sequence[str] = ("non_overlapping", "sliding"),
     tokens: int | None = None,
@@ -91,11 +97,12 @@ def evaluate(
     folder: Path | None = None,
     progress: Progress = lambda what, part: None,
 ) -> list[Row]:
-    """Measure a causal model of transformers on a text file, by its own tokenizer.
+    """Measure a causal model of transformers on a text, by its own tokenizer.
 
     Args:
         name: on the hub, or a folder.
-        data: a UTF-8 text file, one document.
+        data: a UTF-8 text file, one document; a folder, of which every file of text is one; or a source such as
+            `text_file(path=books)`, whose held-out split `valid` is read.
         lengths, wanted, tokens, by_position: as of a run's own evaluation.
         device: where to run it.
         trust: allow the code that the model brings.
@@ -137,18 +144,72 @@ def load(name: str, *, device: str = "auto", trust: bool = False) -> tuple[Causa
     return CausalModel(model.to(device_of(device)), name), tokenizer
 
 
-def encode(tokenizer: Any, file: Path) -> Text:
-    """A text file as a stream to measure on. Bytes and words are those of the file, counted where each token lies."""
-    content = read_text(file)
+def encode(tokenizer: Any, data: Path | str) -> Text:
+    """Documents as a stream to measure on. Bytes and words are those of the text, counted where each token lies.
+
+    Each document is tokenized alone, and ends with the token that ends a text where the model has one: that token has
+    no bytes and no words. The last document ends as it does.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"{type(tokenizer).__name__} does not say where in the text its tokens lie; save its fast form."
         )
-    found = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    tokens = np.array(found["input_ids"], np.int64)
-    ends = np.array([end for _, end in found["offset_mapping"]], np.int64)
-    label = f"{file.name}@{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-    return Text(tokens, spell_by_place(content, ends), label, bos=tokenizer.bos_token_id)
+    name, documents = _documents(data)
+    digest, tokens, spelled, starts = hashlib.sha256(), [], [], []
+    end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], np.int64)
+    for number, content in enumerate(documents):
+        if number:
+            tokens.append(end)
+            spelled.append(spell_by_place("", np.zeros(len(end), np.int64)))
+            digest.update(b"\0")
+        starts.append(sum(map(len, tokens)))
+        found = tokenizer(content, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens.append(np.array(found["input_ids"], np.int64))
+        spelled.append(spell_by_place(content, np.array([end for _, end in found["offset_mapping"]], np.int64)))
+        digest.update(content.encode())
+    parts = {part: np.concatenate([getattr(each, part) for each in spelled]) for part in PARTS}
+    label = f"{name}@{digest.hexdigest()[:8]}"
+    return Text(
+        np.concatenate(tokens),
+        Spelling(**parts, by_place=True),
+        label,
+        starts=np.array(starts, np.int64),
+        bos=tokenizer.bos_token_id,
+    )
+
+
+def _documents(data: Path | str) -> tuple[str, Iterable[str]]:
+    """The documents of a file, a folder or a source, and the name of them all."""
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return path.resolve().name, (each.text for each in read_documents(path))
+    if path.exists() or not _names_source(str(data)):
+        return path.name, [read_text(path)]
+    terms = plugins.parse(str(data))
+    if len(terms) > 1:
+        raise UserError(f"{str(data)!r} names {len(terms)} sources; models are measured on one.")
+    source: Source = plugins.build("data", terms[0])
+    return str(terms[0]), _joined(source.documents("valid"))
+
+
+def _names_source(data: str) -> bool:
+    """Whether this is a source of the library: `nowhere.txt` would be a module of the user's own."""
+    try:
+        return all(each.name in plugins.names("data") for each in plugins.parse(data))
+    except UserError:
+        return False
+
+
+def _joined(documents: Iterable[Document]) -> Iterator[str]:
+    """The documents whole: a long one comes in parts."""
+    parts: list[str] = []
+    for each in documents:
+        if parts and not each.continues:
+            yield "".join(parts)
+            parts = []
+        parts.append(each.text)
+    if parts:
+        yield "".join(parts)
 
 
 def spell_by_place(content: str, ends: Int[np.ndarray, " n"]) -> Spelling:

@@ -25,6 +25,7 @@ class Call:
     last: bool = True  # the queries are the last of the keys
     consecutive: bool = True  # positions are 0, 1, 2, …
     steady: bool = True  # the distance of tokens that see each other is the number of places between them
+    neighbours: bool = True  # the keys that a query sees lie side by side
     whole: bool = True  # positions are whole numbers
     causal: bool = True  # nothing ahead is seen
     slots: bool = False  # some queries are slots, which see a part of the text and themselves
@@ -44,6 +45,7 @@ class Call:
             last=sight.last,
             consecutive=sight.consecutive and sight.text is None,
             steady=not scheme.biases or sight.steady,  # which reads all positions
+            neighbours=not sight.scattered,
             whole=not (sight.query_positions.is_floating_point() or sight.key_positions.is_floating_point()),
             causal=not sight.ahead,
             slots=sight.asking > 0,

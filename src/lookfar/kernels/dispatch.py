@@ -12,11 +12,13 @@ from lookfar.errors import UserError
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-LONG = ("sdpa", "square", "row", "slots", "chunked", "reference")
-SHORT = ("square", "sdpa", "row", "slots", "chunked", "reference")
-SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference")
-SLOTS = ("slots", "sdpa", "square", "row", "chunked", "reference")
-GPU = ("sdpa", "row", "flex", "square", "slots", "chunked", "reference")
+TOLD = ("distance", "flex")  # made for a GPU, and after `reference` never taken: `explain` says why
+LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference", *TOLD)
+SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference", *TOLD)
+SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference", *TOLD)
+SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference", *TOLD)
+FLASH = ("sdpa", "distance", "row", "flex", "square", "slots", "chunked", "reference", "strips")  # a GPU's, if alone
+GPU = ("distance", "sdpa", "row", "flex", "square", "slots", "chunked", "reference", "strips")
 SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
 
 
@@ -42,24 +44,31 @@ def attend(
 
 def choose(scheme: Scheme, call: Call) -> Kernel:
     """The first kernel of the preference list that does not refuse."""
-    return next(each for name in preference(call) if (each := _kernel(name)).refusal(scheme, call) is None)
+    return next(
+        each for name in preference(call, bare=_bare(scheme)) if (each := _kernel(name)).refusal(scheme, call) is None
+    )
 
 
 def explain(scheme: Scheme, call: Call) -> list[tuple[str, str | None]]:
     """Each kernel in order of preference with the reason of its refusal; None: willing, and the first such is taken."""
-    return [(name, _kernel(name).refusal(scheme, call)) for name in preference(call)]
+    return [(name, _kernel(name).refusal(scheme, call)) for name in preference(call, bare=_bare(scheme))]
 
 
-def preference(call: Call) -> tuple[str, ...]:
-    """Kernels in the order in which they are asked."""
+def preference(call: Call, *, bare: bool = True) -> tuple[str, ...]:
+    """Kernels in the order in which they are asked; `bare`: nothing is added to scores, nothing joins the softmax."""
     if call.slots:
         return SLOTS
     if call.device == "cuda":
-        return GPU
+        alone = bare and call.plain and call.last and call.queries in (1, call.keys)
+        return FLASH if alone else GPU
     if call.queries == 1 and call.device == "cpu":
         return SINGLE
     short = call.device == "cpu" and call.keys < SHORTEST_FLASH and call.queries > 1
     return SHORT if short and (call.dtype == torch.bfloat16 or call.keys <= SHORTEST_FLASH // 4) else LONG
+
+
+def _bare(scheme: Scheme) -> bool:
+    return not (scheme.biases or scheme.sinks or scheme.soft_cap is not None)
 
 
 @cache

@@ -38,11 +38,15 @@ class Fire(ScoreBias):
         self, query_positions: Num[Tensor, "#b q"], key_positions: Num[Tensor, "#b k"]
     ) -> Float[Tensor, "#b h q k"]:
         queries, keys = wide(query_positions, self.rate), wide(key_positions, self.rate)
-        limit = torch.maximum((self.stretch * self.threshold).abs(), queries.abs())  # b q
-        distance = self._compressed(queries[:, :, None] - keys[:, None, :])  # b q k
-        part = distance / (self._compressed(limit) + 1e-6)[..., None]
+        part = self.compressed(queries[:, :, None] - keys[:, None, :]) / self.normalizer(queries)[..., None]  # b q k
         with torch.autocast(part.device.type, enabled=False):
             return self.second(F.relu(self.first(part[..., None]))).movedim(-1, 1)  # b q k h -> b h q k
 
-    def _compressed(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return torch.log1p((self.rate * x).abs())
+    def compressed(self, distances: Num[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """ψ of distances: the logarithm of 1 more than what the rate makes of them."""
+        return torch.log1p((self.rate * wide(distances, self.rate)).abs())
+
+    def normalizer(self, query_positions: Num[Tensor, "#b q"]) -> Float[Tensor, "#b q"]:
+        """What ψ of a distance is divided by: ψ of the query's position, or of the limit where that is farther."""
+        limit = torch.maximum((self.stretch * self.threshold).abs(), wide(query_positions, self.rate).abs())
+        return self.compressed(limit) + 1e-6

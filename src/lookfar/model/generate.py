@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lookfar.errors import UserError
@@ -86,6 +87,7 @@ def stream(
     stop: Callable[[list[int]], bool] | None = None,
     seconds: float | None = None,
     block: int | None = None,
+    positions: Callable[[Sequence[int]], Int64[np.ndarray, "t"]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one token for each prompt at a time, None for those that are done.
 
@@ -98,9 +100,14 @@ def stream(
         seconds: the most time to spend.
         block: how many tokens to predict at once, by the slots of the model; each is then chosen without knowing the
             others of its block. None: one by one.
+        positions: numbers the tokens of a text, from a prompt on; those that follow never change a number. None: 0, 1,
+            2, … It goes without `block`.
     """
+    if positions is not None and block is not None:
+        raise UserError("Tokens that are predicted at once are numbered consecutively; leave block or positions out.")
     sampling = Sampling() if sampling is None else sampling
-    given, documents = _padded(model, prompts, tokens, block or 0)
+    farthest = model.farthest if positions is None else None  # a number that it has not is refused by the model
+    given, documents = _padded(model, prompts, tokens, block or 0, farthest)
     deadline = None if seconds is None else time.monotonic() + seconds
     device = given.device
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
@@ -110,9 +117,10 @@ def stream(
     seen = given if seen is None else seen
     room = given.shape[1] + tokens + (block or 0)
     cache = model.cache(batch=len(prompts), length=room) if model.once else None  # None: all is encoded at every step
-    count = 0
+    texts, count = [list(prompt) for prompt in prompts], 0
     while True:
-        states = _ahead(model, given, documents, cache, block)
+        numbers = None if positions is None else _numbered(texts, positions, given)
+        states = _ahead(model, given, documents, numbers, cache, block)
         if count == 0 and cache is not None and tokens > FEW:
             model = pack(model, len(prompts) * (block or 1))  # after the prompt, which is many rows
         accepted = []
@@ -121,6 +129,7 @@ def stream(
             accepted.append(chosen)
             step: list[int | None] = []
             for row, token in enumerate(chosen.tolist()):
+                texts[row].append(token)
                 step.append(None if done[row] else token)
                 if not done[row]:
                     written[row].append(token)
@@ -143,10 +152,20 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     seconds: float | None = None,
     block: int | None = None,
+    positions: Callable[[Sequence[int]], Int64[np.ndarray, "t"]] | None = None,
 ) -> list[list[int]]:
     """The tokens written after each prompt. For arguments see `stream`."""
     written: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, tokens=tokens, sampling=sampling, stop=stop, seconds=seconds, block=block):
+    for step in stream(
+        model,
+        prompts,
+        tokens=tokens,
+        sampling=sampling,
+        stop=stop,
+        seconds=seconds,
+        block=block,
+        positions=positions,
+    ):
         for row, token in zip(written, step, strict=True):
             if token is not None:
                 row.append(token)
@@ -169,12 +188,13 @@ def _ahead(
     model: Decoder,
     tokens: Int[Tensor, "b t"],
     documents: Int[Tensor, "b t"] | None,
+    positions: Int[Tensor, "b t"] | None,
     cache: Cache | None,
     block: int | None,
 ) -> Float[Tensor, "b s d"]:
     """The states of what follows the tokens, which are put into the cache: one, or those of a block of slots."""
     if block is None:
-        return model.states(tokens, documents=documents, cache=cache)[:, -1:]
+        return model.states(tokens, positions=positions, documents=documents, cache=cache)[:, -1:]
     return model.slot_states(tokens, slots=block, documents=documents, cache=cache)[1][:, 0]
 
 
@@ -189,8 +209,19 @@ def _following(
     return torch.cat([given, new], dim=1), numbers
 
 
+def _numbered(
+    texts: Sequence[Sequence[int]], positions: Callable[[Sequence[int]], Int64[np.ndarray, "t"]], given: Tensor
+) -> Int[Tensor, "b t"]:
+    """The numbers of the tokens that the model is given, the last of each text; padding before them gets 0."""
+    numbers = torch.zeros_like(given)
+    for row, text in zip(numbers, texts, strict=True):
+        last = torch.from_numpy(positions(text)[-given.shape[1] :])
+        row[len(row) - len(last) :] = last
+    return numbers
+
+
 def _padded(
-    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int, block: int
+    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int, block: int, farthest: int | None
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"] | None]:
     """Prompts with padding on the left, and what is padding; None where all are of one length."""
     lengths = [len(prompt) for prompt in prompts]
@@ -200,10 +231,10 @@ def _padded(
     if tokens < 1:
         raise UserError(f"{tokens} tokens cannot be written; ask for at least 1.")
     needed = tokens + max(0, block - 1)  # the last block may begin at the last token
-    if model.farthest is not None and longest + needed > model.farthest:
+    if farthest is not None and longest + needed > farthest:
         raise UserError(
-            f"A prompt of {longest} tokens and {needed} more are beyond the {model.farthest} positions of the learned "
-            f"table; ask for at most {max(0, model.farthest - longest - needed + tokens)} tokens."
+            f"A prompt of {longest} tokens and {needed} more are beyond the {farthest} positions of the learned "
+            f"table; ask for at most {max(0, farthest - longest - needed + tokens)} tokens."
         )
     wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocabulary), None)
     if wrong is not None:

@@ -66,10 +66,12 @@ def _head(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], words: Ma
     inputs = max(row["value"] for row in rows if row["metric"] == "inputs")
     assigned = [row for row in rows if row["metric"] == "divergence_assigned" and row["layer"] is None]
     least = [row for row in rows if row["metric"] == "divergence_min" and row["layer"] is None]
+    of_task = sorted({row["problems"] for row in rows if "problems" in row})
+    what = f"problems of length {' and '.join(map(str, of_task))}, in" if of_task else "windows of"
     facts = [
         ("Runs", ", ".join(names)),
-        ("Text", first["data"]),
-        ("Inputs", f"{inputs:.0f} windows of {lengths} tokens, trained at {first['context']:,}"),
+        ("Task" if of_task else "Text", first["data"]),
+        ("Inputs", f"{inputs:.0f} {what} {lengths} tokens, trained at {first['context']:,}"),
     ]
     facts += [
         (

@@ -228,6 +228,7 @@ _POINT = {
     "factor:N": "of the trained",
     "mean:N": "perplexity",
     "seeds:N": "by seed",
+    "documents:N": "95% over documents",
     "count:N": "tokens scored",
 }
 _BEYOND = {"series:N": "scheme", "beyond:N": "outside the frame"}
@@ -259,6 +260,9 @@ def _perplexity_panel(
         shown([point for point in finite if point["low"] < point["high"]])
         .mark_area(clip=True)
         .encode(x, axes.y("low"), alt.Y2("high:Q"), coloured(looks), detail="piece:N", opacity=faded(0.16)),
+        shown([point for point in finite if point["least"] is not None])
+        .mark_rule(clip=True, strokeWidth=1.2)
+        .encode(x, axes.y("least"), alt.Y2("most:Q"), **look),
         shown(finite)
         .mark_line(clip=True, strokeWidth=1.8)
         .encode(x, axes.y("value"), strokeDash=dashed(looks), detail="piece:N", **look),
@@ -288,6 +292,8 @@ def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
             piece += not finite
             counts = sorted({row["count"] for row in each})
             value = (values[0] if len(values) == 1 else geometric_mean(values)) if finite else None
+            bounds = [(row["seed"], row["low"], row["high"]) for row in each if _bounded(row)]
+            alone = bounds[0] if finite and len(values) == len(bounds) == 1 else (None, None, None)
             points.append(
                 {
                     "series": series,
@@ -298,11 +304,23 @@ def _points(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     "high": max(values) if finite else None,
                     "mean": _unfinite(values) if value is None else readable(value, 6),
                     "seeds": ", ".join(f"{row['seed']}: {readable(row['value'], 6)}" for row in each),
+                    "least": alone[1],
+                    "most": alone[2],
+                    "documents": _intervals(bounds) or "not known",
                     "count": " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)]),
                     "piece": f"{series} {piece}" if finite else None,
                 }
             )
     return points
+
+
+def _bounded(row: Row) -> bool:
+    """Whether a row has an interval over documents that can be drawn."""
+    return all(isinstance(row.get(end), int | float) and 0 < row[end] < math.inf for end in ("low", "high"))
+
+
+def _intervals(bounds: Sequence[tuple[int, float, float]]) -> str:
+    return ", ".join(f"{seed}: {readable(low, 4)} to {readable(high, 4)}" for seed, low, high in bounds)
 
 
 def _unfinite(values: Sequence[float]) -> str:
@@ -313,7 +331,8 @@ def _unfinite(values: Sequence[float]) -> str:
 def _frame(points: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """The perplexities that are shown: all, unless a minority explodes and would flatten the rest to one line."""
     series = grouped(points, "series").values()
-    low, high = min(point["low"] for point in points), max(point["high"] for point in points)
+    low = min(point["low"] if point["least"] is None else point["least"] for point in points)
+    high = max(point["high"] if point["most"] is None else point["most"] for point in points)
     usual = 3 * median(min(point["value"] for point in each) for each in series)
     usual = max(usual, 10 * low, median(max(point["high"] for point in each) for each in series))
     top = high if high <= 1.5 * usual else usual

@@ -15,7 +15,8 @@ Row = Mapping[str, Any]
 Group = tuple[str, int, str]  # data, trained length and unit: only what shares them can be compared
 
 FILES = ("run.toml", "rows.jsonl", "error.txt")  # one of them makes a folder a run
-METRICS = ("perplexity", "accuracy", "parameters", "tokens_per_second", "training_seconds")
+OF_TEXT = ("perplexity", "bits_per_byte", "word_perplexity", "loss_at")  # measured on data, at a length, in a unit
+METRICS = (*OF_TEXT, "accuracy", "parameters", "tokens_per_second", "training_seconds")
 KEYS = {"scheme": str, "seed": int, "data": str, "protocol": str, "length": int, "count": int, "context": int}
 INDIFFERENT = {"training.seed", *FREE}  # settings that leave the numbers of a run what they are
 
@@ -190,7 +191,7 @@ def _read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(files.read_lines(path), start=1):
         if line.get("metric") in METRICS:
             row = _checked(line, f"{path}, line {number}")
-            about = ("run", "metric", "unit", "update", "checkpoint", "scratchpad", *KEYS)
+            about = ("run", "metric", "unit", "update", "checkpoint", "scratchpad", "from", *KEYS)
             if row.get("numbering"):
                 row = {**row, "protocol": f"{row['protocol']}, {row['numbering']}"}
             key = tuple(row.get(name) for name in about if name != "count")
@@ -224,8 +225,9 @@ def parts_of(records: Sequence[Record], names: Sequence[str]) -> list[Part]:
         for record, name, curve, home in zip(records, names, curves, homes, strict=True):
             if group in (home, *record.groups):
                 there.append(record)
-                about_training = [row for row in record.rows if row["metric"] != "perplexity"]
-                measured = [row for row in record.measured if (row["data"], row["context"], row["unit"]) == group]
+                about_training = [row for row in record.rows if row["metric"] not in OF_TEXT]
+                of_text = [row for row in record.rows if row["metric"] in OF_TEXT]
+                measured = [row for row in of_text if (row["data"], row["context"], row["unit"]) == group]
                 rows += [{**row, "series": name} for row in (*about_training, *measured)]
             if group == home:
                 about = {"series": name, "curve": curve, "run": f"{record.folder}/{record.name}"}

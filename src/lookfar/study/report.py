@@ -29,7 +29,11 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """
     import vl_convert
 
-    from lookfar.study import budget_figures, figures  # late, as vl_convert: `lookfar --help` has no time for altair
+    from lookfar.study import (
+        budget_figures,
+        figures,
+        position_figures,
+    )  # late, as vl_convert: `lookfar --help` has no time for altair
 
     every = collect(folders)
     records = [record for record in every if not record.trial and not record.of_task]
@@ -39,6 +43,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     drawn = {
         "budgets": [budget_figures.cost(part.rows, looks) for part in parts],
         "perplexity": [figures.perplexity(part.rows, looks) for part in parts],
+        "by_position": [position_figures.by_position(part.rows, looks) for part in parts],
         "loss": [figures.loss(part.histories, looks) for part in parts],
     }
     of_rates = [budget_figures.rates(part.histories, looks) for part in parts]
@@ -192,25 +197,15 @@ def _section(part: Part, looks: Mapping[str, Any], panels: Mapping[str, Sequence
             band = words["bands"].get(name, "") if seeds > 1 else ""
             blocks.append(figure(of_name, words[name] + band, name))
         if of_name and name == "perplexity":
-            blocks.append(table(_columns(part.rows), looks, _words()["table"], foot="tokens scored"))
+            blocks.append(table(_columns(part.rows), looks, words["table"], foot="tokens scored"))
+            if units := _units(part.rows):
+                summary = "<summary>Bits per byte, perplexity per word</summary>"
+                blocks.append(f"<details>{summary}{table(units, looks, words['units'])}</details>")
     return "<section>\n" + "\n".join(blocks) + "\n</section>"
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     """The columns of the table under the name of their protocol."""
-    from lookfar.study.figures import panels_of, readable
-
-    def mean(each: Sequence[float]) -> str:
-        text = readable(fmean(each))
-        if len(each) == 1 or not math.isfinite(fmean(each)):
-            return text
-        deviation = readable(stdev(each)) if "e" in text else f"{stdev(each):,.{len(text.partition('.')[2])}f}"
-        return f'{text}<span class="std">± {deviation}</span>'
-
-    def column(head: str, note: str, rows: Iterable[Row], *rest: Any) -> Column:
-        by_series = _grouped(rows, "series")
-        return Column(head, note, {name: [row["value"] for row in each] for name, each in by_series.items()}, *rest)
-
     metrics = {metric: _grouped(rows, "metric").get(metric, []) for metric in METRICS}
     seeds = {
         name: [float(len(_values(each, "seed")))] for name, each in _grouped(metrics["perplexity"], "series").items()
@@ -218,26 +213,60 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     columns = {
         "training": [
             Column("seeds", "", seeds, lambda each: f"{each[0]:.0f}"),
-            column("parameters", "millions", metrics["parameters"], lambda each: f"{fmean(each) / 1e6:,.3f}"),
-            column("speed", "tokens/s", metrics["tokens_per_second"], lambda each: f"{fmean(each):,.0f}", max),
+            _column("parameters", "millions", metrics["parameters"], lambda each: f"{fmean(each) / 1e6:,.3f}"),
+            _column("speed", "tokens/s", metrics["tokens_per_second"], lambda each: f"{fmean(each):,.0f}", max),
             Column("time", "", _times(metrics["training_seconds"]), lambda each: _duration(fmean(each))),
         ]
     }
-    for title, measured in panels_of(metrics["perplexity"]).items():
+    return columns | _by_length("perplexity", metrics["perplexity"])
+
+
+def _units(rows: Sequence[Row]) -> dict[str, list[Column]]:
+    """The columns of the table of other units; a metric without a number has none."""
+    columns: dict[str, list[Column]] = {}
+    for metric, name in (("bits_per_byte", "bits per byte"), ("word_perplexity", "perplexity per word")):
+        found = [row for row in rows if row["metric"] == metric]
+        if any(math.isfinite(row["value"]) for row in found):
+            columns |= _by_length(name, found)
+    return columns
+
+
+def _by_length(name: str, rows: Sequence[Row]) -> dict[str, list[Column]]:
+    """A metric at multiples of the trained length, in each protocol."""
+    from lookfar.study.figures import panels_of
+
+    columns = {}
+    for title, measured in panels_of(rows).items():
         by_length = dict(sorted(_grouped(measured, "length").items()))
         doubled = [n for n in by_length if math.log2(n / measured[0]["context"]).is_integer()] or list(by_length)
-        columns[f"perplexity, {title}"] = [
-            column(
+        columns[f"{name}, {title}"] = [
+            _column(
                 f"{length / measured[0]['context']:.3g}×",
                 f"{length:,}",
                 by_length[length],
-                mean,
+                _mean,
                 min,
                 _either(dict.fromkeys(pick(_values(by_length[length], "count")) for pick in (min, max)), "–"),
             )
             for length in doubled
         ]
     return columns
+
+
+def _column(head: str, note: str, rows: Iterable[Row], *rest: Any) -> Column:
+    by_series = _grouped(rows, "series")
+    return Column(head, note, {name: [row["value"] for row in each] for name, each in by_series.items()}, *rest)
+
+
+def _mean(each: Sequence[float]) -> str:
+    """The mean ± the standard deviation."""
+    from lookfar.study.figures import readable
+
+    text = readable(fmean(each))
+    if len(each) == 1 or not math.isfinite(fmean(each)):
+        return text
+    deviation = readable(stdev(each)) if "e" in text else f"{stdev(each):,.{len(text.partition('.')[2])}f}"
+    return f'{text}<span class="std">± {deviation}</span>'
 
 
 def _times(rows: Sequence[Row]) -> dict[str, list[float]]:

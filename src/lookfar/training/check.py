@@ -14,6 +14,8 @@ from lookfar.methods.base import InputEncoding, Method
 from lookfar.model import numbering
 from lookfar.model.decoder import device_of, layer_scheme, layer_window
 from lookfar.sight import Sight
+from lookfar.tasks import numbering as of_digits
+from lookfar.tasks.numbering import DigitPositions
 from lookfar.training import objectives, problems, schedules, tracking
 
 
@@ -63,6 +65,11 @@ def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
         "model.context": (run.training.numbering, run.model.context),
         "evaluation.lengths": (run.evaluation.numbering, _most_tokens(run)),
     }
+    digits = _digits(run)
+    if digits is not None:
+        found = problems.lengths(run, digits.problems)
+        reached = {"training.numbering": digits.largest, "evaluation.lengths": digits.reach(found)}
+        return {part: torch.tensor([[0, largest]]) for part, largest in reached.items()}
     found = {}
     for part, (expression, tokens) in parts.items():
         positions = numbering.find(expression, run.model.context)(1, tokens, torch.Generator().manual_seed(0))
@@ -72,6 +79,16 @@ def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
             positions = torch.cat([positions, positions.amax() + 1 + torch.arange(beyond)[None]], dim=1)
         found[part] = positions
     return found
+
+
+def _digits(run: Run) -> DigitPositions | None:
+    """The numbers of a task's digits, where the run numbers them."""
+    named = [each for each in (run.training.numbering, run.evaluation.numbering) if of_digits.names_digits(each)]
+    if not named:
+        return None
+    if run.task.name is None:
+        raise UserError(f"{named[0]!r} numbers the digits of a task; name one, such as task.name='addition'.")
+    return problems.digits(run)
 
 
 def _most_tokens(run: Run) -> int:

@@ -17,6 +17,8 @@ from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.model.decoder import Decoder
+from lookfar.tasks import numbering
+from lookfar.tasks.numbering import DigitPositions
 from lookfar.tasks.problems import Problems
 from lookfar.training import checkpoint
 from lookfar.training import folder as run_folder
@@ -99,7 +101,12 @@ def measure_problems(model: Decoder, run: Run, folder: Path, *, update: int, pro
                 if (id(each), length) not in fresh:
                     with autocast(run.training.precision, run.model.dtype, each.embedding.weight.device):
                         fresh[id(each), length] = accuracy.measure(
-                            each, problems, length=length, count=run.task.examples, progress=progress
+                            each,
+                            problems,
+                            length=length,
+                            count=run.task.examples,
+                            numbers=numbers_of(run, each),
+                            progress=progress,
                         )
                 found = [{**said, **row} for row in fresh[id(each), length]]
                 run_folder.add_rows(folder, found)
@@ -113,10 +120,15 @@ def _held_out(model: Decoder, problems: Problems, run: Run, folder: Path, said: 
     found = [row for row in known if all(row.get(key) == value for key, value in same.items())]
     if not found:
         with autocast(run.training.precision, run.model.dtype, model.device):
-            value, count = accuracy.loss(model, problems, count=HELD_OUT)
+            value, count = accuracy.loss(model, problems, count=HELD_OUT, numbers=numbers_of(run, model))
         found = [{**same, "value": value, "count": count}]
         run_folder.add_rows(folder, found)
     return found
+
+
+def numbers_of(run: Run, model: Decoder) -> DigitPositions | None:
+    """How the tokens of the run's problems are numbered where digits decide it; None: consecutively."""
+    return numbering.find(run.training.numbering, problems_of(run.task), model.farthest)
 
 
 def about(run: Run, folder: Path) -> Row:

@@ -15,6 +15,7 @@ from lookfar.config import EvaluationConfig, Run, TaskConfig
 from lookfar.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from lookfar.errors import UserError
 from lookfar.tasks.encoding import Encoded
+from lookfar.tasks.numbering import DigitPositions, find
 from lookfar.tasks.problems import Problems
 from lookfar.tasks.sets import buckets
 from lookfar.tasks.symbols import EOS, PADDING, Vocabulary
@@ -119,6 +120,22 @@ def check(run: Run) -> None:
             f"{problems.label} of length {problems.longest_trained} has problems of {longest} tokens; "
             f"set model.context={longest - 1} or more, or train on shorter ones by task.lengths."
         )
+
+
+def digits(run: Run) -> DigitPositions | None:
+    """The numbers of the digits of a run's problems, or None where it does not number them.
+
+    Raises:
+        UserError: the task does not suit them, or trains longer numbers than they have.
+    """
+    found = find(run.training.numbering, problems_of(run.task))
+    if found is not None and (needed := found.reach(sorted(set(found.problems.split.lengths))[-3:])) > found.largest:
+        name = run.training.numbering.partition("(")[0]
+        raise UserError(
+            f"{found.problems.label} is trained on numbers that reach {needed}, beyond largest={found.largest}; "
+            f"set training.numbering='{name}(largest={needed})' or more."
+        )
+    return found
 
 
 def most_tokens(problems: Problems, lengths: Sequence[int]) -> int:

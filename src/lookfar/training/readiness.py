@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lookfar import kernels, plugins
 from lookfar.attention.scheme import Scheme, build_scheme
-from lookfar.data.cache import cache_folder
 from lookfar.errors import UserError
+from lookfar.files import cache_folder
 from lookfar.model.decoder import device_of
 from lookfar.sight import Sight
 from lookfar.training.precision import fast_bfloat16

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from lookfar import files
-from lookfar.batch import consecutive, within
 from lookfar.config import Run, TrainingConfig
 from lookfar.data.corpus import Corpus, open_corpus
 from lookfar.data.mixture import Mixture
@@ -21,15 +20,15 @@ from lookfar.data.packing import Lines
 from lookfar.errors import UserError
 from lookfar.evaluation import accuracy, protocols
 from lookfar.evaluation.perplexity import Perplexity
-from lookfar.model import numbering
 from lookfar.model.decoder import Decoder
 from lookfar.training import checkpoint, objectives, optimizers, sharding, start
 from lookfar.training import folder as run_folder
 from lookfar.training import log as run_log
 from lookfar.training.check import check
 from lookfar.training.log import Log, Watch
-from lookfar.training.measure import HELD_OUT, about, text_of
+from lookfar.training.measure import HELD_OUT, about, numbers_of, text_of
 from lookfar.training.memory import Pieces
+from lookfar.training.numbering import Numbers
 from lookfar.training.optimizers import Optimizer
 from lookfar.training.precision import autocast
 from lookfar.training.problems import Lesson, ProblemLines, inputs_of
@@ -183,25 +182,19 @@ def _accumulate(
     if processes.count > 1:  # each drops others, by its place alone: the number of processes may change
         torch.manual_seed(((config.seed * 1_000_003 + update) * processes.count + processes.rank) % 2**63)
     random = torch.Generator().manual_seed((config.seed * 1_000_003 + update) % 2**63)  # of the place: none is saved
-    numbers = numbering.find(config.numbering, run.model.context)(config.batch, run.model.context, random)
+    numbers = Numbers(run, random, model.farthest)
     chances = torch.rand(config.batch, run.model.context, generator=random)
     objective = objectives.find(config.objective, run.model)
     for piece in range(accumulation):
         place = processes.rank * share + piece * size  # in the batch
         first = update * config.batch + place
-        several = numbers is not None and len(numbers) > 1
-        positions = numbers[place : place + size] if several and numbers is not None else numbers
-        positions = None if positions is None else positions.to(device)
-        tokens = torch.from_numpy(lines.batch(first, size)).to(device)
+        found = lines.batch(first, size)
+        tokens = torch.from_numpy(found).to(device)
         documents, scored = (_on(device, each(first, size)) for each in (lines.documents, lines.scored))
         chance = chances[place : place + size].to(device)
         parts = None if documents is None else documents[:, :-1]
         parts = parts if scored is None else inputs_of(scored)
-        if positions is not None and parts is not None:
-            if several:
-                positions = within(positions, chance, parts)
-            else:  # a formula: each part begins with the first numbers
-                positions = positions.expand(size, -1).gather(1, consecutive(parts))
+        positions = numbers.of(place, found, parts, chance)
         chance = chance[:, : tokens.shape[1] - 1]  # of problems, the longest of these
         with autocast(config.precision, run.model.dtype, device, keep=not sharding.sharded(model)):
             loss = objective(model, tokens, positions, chance, documents, scored) / accumulation
@@ -306,7 +299,7 @@ def _held_out(model: Decoder, corpus: Corpus | Lesson, run: Run) -> float:
     sharding.gather_ends(model)
     with autocast(run.training.precision, run.model.dtype, model.embedding.weight.device):
         if isinstance(corpus, Lesson):
-            found, _ = accuracy.loss(model, corpus.problems, count=HELD_OUT)
+            found, _ = accuracy.loss(model, corpus.problems, count=HELD_OUT, numbers=numbers_of(run, model))
         else:
             found = _loss_of_text(model, corpus, run.model.context)
     sharding.divide_again(model)

@@ -1,0 +1,177 @@
+"""On a processor: strips of queries against all keys that they see, in compiled code that never holds the square."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lookfar.attention.scheme import Scheme
+from lookfar.kernels import compiled
+from lookfar.kernels.base import Call, Kernel
+from lookfar.kernels.compiled.calls import BACKWARD, FORWARD, Asked, asked_of
+from lookfar.methods.base import DistanceBias, Heads, ScoreMap
+from lookfar.methods.cope import Cope
+from lookfar.methods.dape_v1 import DapeV1
+from lookfar.methods.dape_v2 import DapeV2
+from lookfar.methods.fire import Fire
+from lookfar.sight import Sight
+
+SPARE = 64  # numbers after a table that are read and count for nothing; at least a vector
+WIDEST = 13  # taps of a convolution
+
+
+class Strips(Kernel):
+    """Recomputes scores strip by strip, forward and backward, in float32 and in memory proportional to the length.
+
+    A bias by distance is a table whose gradient is summed along diagonals. FIRE's net reads one number through
+    rectifiers, so it is straight between a few cuts, and a row is a few pieces. CoPE's places are summed from the
+    query backwards until the last one. DAPE's nets take one row of all heads at a time.
+    """
+
+    def refusal(self, scheme: Scheme, call: Call) -> str | None:
+        if call.device != "cpu":
+            return "it is compiled for processors"
+        if call.dtype == torch.float64:
+            return "it computes in float32"
+        if scheme.soft_cap is not None:
+            return "the scores are soft-capped"
+        if call.slots or not call.causal:
+            return "keys ahead are seen"
+        if not call.neighbours:
+            return "the keys that a query sees are scattered"
+        if reason := _unknown(scheme):
+            return reason
+        if scheme.biases and not call.steady:
+            return "positions do not count tokens, and biases are laid out along diagonals"
+        return compiled.refusal()
+
+    def attend(
+        self,
+        queries: Float[Tensor, "b h q e"],
+        keys: Float[Tensor, "b g k e"],
+        values: Float[Tensor, "b g2 k v"],
+        sight: Sight,
+        scheme: Scheme,
+    ) -> Float[Tensor, "b h q v"]:
+        with torch.autocast(queries.device.type, enabled=False):
+            first, keeps_bias = sight.first_query - sight.first_key, all(each.keeps_bias for each in scheme.maps)
+            heads = scheme.heads
+            asked = Asked(
+                *(each.float() for each in (queries, keys, values)),
+                start=sight.starts().int(),
+                key_head=heads.keys_for_scores(_numbers(heads.key_heads)).flatten().int(),
+                value_head=heads.values_for_scores(_numbers(heads.value_heads)).flatten().int(),
+                **_parts(sight, scheme),
+            )
+            return _Attend.apply(first, scheme.scale, keeps_bias, *asked).to(values.dtype)
+
+
+def _unknown(scheme: Scheme) -> str | None:
+    for bias in scheme.biases:
+        if not isinstance(bias, DistanceBias) and type(bias) is not Fire:
+            return f"{type(bias).__name__} adds a bias that depends on more than distances"
+        if bias.hides:
+            return f"{type(bias).__name__} hides keys by its bias"
+    if sum(type(bias) is Fire for bias in scheme.biases) > 1:
+        return "there are two nets of distances"
+    for map_ in scheme.maps:
+        if type(map_) not in (Cope, DapeV1, DapeV2):
+            return f"{type(map_).__name__} rewrites the scores in a way of its own"
+        if isinstance(map_, DapeV2) and map_.repair != "hidden":
+            return "the published form of DAPE V2 shows columns that nobody sees"
+        if isinstance(map_, DapeV2) and map_.first.kernel_size[1] > WIDEST:
+            return f"convolutions reach over more than {WIDEST} keys"
+    return None
+
+
+def _numbers(count: int) -> Tensor:
+    return torch.arange(float(count))[None, :, None, None]
+
+
+def _parts(sight: Sight, scheme: Scheme) -> dict[str, Tensor]:
+    """What `Asked` holds of methods, made from their parameters."""
+    found = {}
+    if (sink := scheme.sink(sight.query_positions)) is not None:
+        found["sink"] = sink.float()
+    distances = torch.arange(sight.keys - 1, -1, -1)
+    if any(isinstance(bias, DistanceBias) for bias in scheme.biases):
+        found["table"] = F.pad(scheme.table(distances), (0, SPARE)).float()
+    for bias in scheme.biases:
+        if isinstance(bias, Fire):
+            found |= _pieces(bias, sight, distances, scheme.heads)
+    for map_ in scheme.maps:
+        found |= _embedding(map_, scheme.scale) if isinstance(map_, Cope) else _net(map_)
+    return found
+
+
+def _each(rows: Float[Tensor, "m n"], heads: Heads) -> Float[Tensor, "h n"]:
+    """A row for each score head where all maps of a head share one."""
+    return rows if len(rows) == heads.score_heads else rows.repeat(heads.maps, 1)
+
+
+def _pieces(fire: Fire, sight: Sight, distances: Tensor, heads: Heads) -> dict[str, Tensor]:
+    """FIRE as straight pieces. A hidden unit changes its slope where its input is 0: those places are the cuts."""
+    rise = fire.compressed(distances.double())  # gradients by way of distances and of positions nearly cancel
+    rate = 1 / fire.normalizer(sight.query_positions.double())  # b q
+    weight, shift = (each.double() for each in (fire.first.weight[:, 0], fire.first.bias))
+    with torch.no_grad():
+        bounds = torch.where(weight == 0, torch.inf, -shift / weight).sort().values
+        middles = torch.cat([bounds[:1] - 1, (bounds[1:] + bounds[:-1]) / 2, bounds[-1:] + 1])
+        middles = torch.where(middles.isfinite(), middles, torch.cat([bounds[:1], bounds]).nan_to_num(posinf=0) + 1)
+        active = (middles[:, None] * weight + shift > 0).double()  # n hidden
+        low = (bounds[None] / rate.reshape(-1, 1)).clamp(max=torch.finfo(torch.float32).max)
+        cuts = torch.searchsorted(rise.flip(0), low, right=True).int()
+    second = fire.second.weight.double()
+    slope = second @ (active * weight).T  # h n
+    offset = second @ (active * shift).T + fire.second.bias.double()[:, None]
+    found = {
+        "slope": _each(slope, heads),
+        "offset": _each(offset, heads),
+        "rise": F.pad(rise, (0, SPARE)),
+        "rate": rate,
+    }
+    return {name: each.float() for name, each in found.items()} | {"cuts": cuts.unflatten(0, rate.shape)}
+
+
+def _embedding(cope: Cope, scale: float) -> dict[str, Tensor]:
+    """CoPE's embedding for scaled queries, filled up to whole vectors."""
+    places = cope.embedding.shape[1]
+    padded = F.pad(cope.embedding / scale, (0, -places % SPARE))
+    return {"embedding": padded.float(), "places": torch.zeros(places, dtype=torch.int32)}
+
+
+def _net(net: ScoreMap) -> dict[str, Tensor]:
+    """Weights `[out, in, taps]` and biases of both layers."""
+    assert isinstance(net, DapeV1 | DapeV2)
+    found = {}
+    for name, layer in (("first", net.first), ("second", net.second)):
+        weight = layer.weight.flatten(2) if layer.weight.dim() == 4 else layer.weight[..., None]
+        found |= {f"{name}_weight": weight.float(), f"{name}_bias": _known(layer.bias).float()}
+    return found
+
+
+def _known(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias
+
+
+class _Attend(torch.autograd.Function):
+    """The compiled functions; the order of tensors is that of `Asked`."""
+
+    @staticmethod
+    def forward(ctx: Any, first: int, scale: float, keeps_bias: bool, *tensors: Tensor | None) -> Tensor:
+        output, tops, shares = FORWARD(first, scale, keeps_bias, list(tensors))
+        ctx.save_for_backward(output, tops, shares, *tensors)
+        ctx.numbers = first, scale, keeps_bias
+        return output[..., : asked_of(tensors).values.shape[-1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the decorator's
+        output, tops, shares, *tensors = ctx.saved_tensors
+        found = BACKWARD(*ctx.numbers, gradients[0].contiguous(), output, tops, shares, tensors)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(each if needed else None for each, needed in zip(found, wanted, strict=True))
