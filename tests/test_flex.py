@@ -78,6 +78,15 @@ def in_python(monkeypatch):
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """One graph for any length, forward and backward, whose operators are run by torch one after another."""
+    torch.compiler.reset()
+    compiled = torch.compile(torch_flex.flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)  # no backward is compiled for a CPU
+    monkeypatch.setattr(flex, "_compiled", lambda device: compiled)
+
+
 def compare(kernel, expression, shapes, dtype=torch.float32):
     """Outputs as good as the definition's in the mean over some shapes."""
     found, definition, true = [], [], []
@@ -111,20 +120,21 @@ def test_flex_is_the_definition_in_bfloat16(expression, in_python):
 @pytest.mark.parametrize(
     "expression",
     [
-        "nope",
-        "alibi(learned=true)",
-        "t5 + learned_sink",
         "kerple + stable_mask",
-        "kerple + differential",
-        "t5 + differential_v2",
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in (
+                "nope",
+                "alibi(learned=true)",
+                "t5 + learned_sink",
+                "kerple + differential",
+                "t5 + differential_v2",
+            )
+        ),
     ],
 )
-def test_gradients_through_the_graph_of_a_gpu_are_the_definitions(expression, monkeypatch):
-    """One graph for any length, as on a GPU, its operators run by torch one after another, forward and backward."""
-    torch.compiler.reset()
-    compiled = torch.compile(torch_flex.flex_attention, backend="aot_eager", dynamic=True, fullgraph=True)
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)  # no backward is compiled for a CPU
-    monkeypatch.setattr(flex, "_compiled", lambda device: compiled)
+def test_gradients_through_the_graph_of_a_gpu_are_the_definitions(expression, as_on_a_gpu):
+    """Forward and backward."""
     for place in GRADIENTS:
         shape = replace(ALL[place], heads=4, groups=2, batch=2)
         scheme, sight = scheme_of(expression, shape).double(), shape.sight()
@@ -132,6 +142,22 @@ def test_gradients_through_the_graph_of_a_gpu_are_the_definitions(expression, mo
         expected = results(reference.attend, given, sight, scheme)
         for what, value in results(Flex().attend, given, sight, scheme).items():
             assert_near(value, expected[what], f"{what}, {place}")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_projections_get_their_gradient(as_on_a_gpu):
+    """Queries, keys and values are views of one projection, as in a model."""
+    scheme, sight = scheme_of("kerple", Shape(40, head_width=16)).double(), Sight.causal(40)
+    project = torch.randn(1, 40, 3 * 32, dtype=torch.float64, requires_grad=True)
+    towards = torch.randn(1, 2, 40, 16, dtype=torch.float64)
+
+    def gradients(attend):
+        three = (each.unflatten(-1, (2, 16)).transpose(1, 2) for each in (project * 1.0).split(32, dim=-1))
+        outputs, wanted = attend(*three, sight, scheme), [project, *scheme.parameters()]
+        return torch.autograd.grad(outputs, wanted, towards)
+
+    for value, expected in zip(gradients(Flex().attend), gradients(reference.attend), strict=True):
+        assert_near(value, expected)
 
 
 def test_no_captured_table_is_a_view():

@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+import torch._dynamo
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +32,8 @@ class Flex(Kernel):
 
     The table, the documents and the place of the first query are captured tensors, so that neither another method nor
     (on a GPU) another length is compiled anew. Blocks of keys that no query of a block sees are never computed. A sink
-    is an epilogue on the log-sum-exp. The gradient of the table is summed by atomic additions, in no fixed order.
+    is an epilogue on the log-sum-exp. The gradient of the table is summed by atomic additions, in no fixed order. As
+    all compiled code, it goes backward once: torch refuses to retain its graph unless it is told to keep all buffers.
     """
 
     def __init__(self, *, compiled: bool = True) -> None:
