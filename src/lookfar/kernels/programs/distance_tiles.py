@@ -1,6 +1,7 @@
 """What the programs of the kernel `distance` share: heads that share keys, scores, and who sees whom in a tile."""
 # ruff: noqa: N803  # capitals are constants of a program, as Triton's users write them
 
+from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import torch
@@ -118,7 +119,7 @@ def seen(
 
 
 def sample(
-    name: str, program: Any, tensors: dict[str, str | None], constants: dict[str, Any], blocks: Blocks
+    name: str, program: Any, tensors: Mapping[str, str | None], constants: dict[str, Any], blocks: Blocks
 ) -> Sample:
     """A program with the types of its tensors, None where one is not given; numbers are float32 or int32 by name."""
     numbers = {"inner": "fp32", "outer": "fp32", "scale": "fp32"}
