@@ -154,6 +154,12 @@ def sampled() -> list[tuple[str, str, dict[str, Any]]]:
     return cases
 
 
+def scattered(tensors: dict[str, str | None], constants: dict[str, Any]) -> None:
+    """Change a sample to soft-capped scores and documents that lie in between one another."""
+    tensors |= {"query_documents": "*i32", "key_documents": "*i32"}
+    constants |= {"CAPPED": True, "SCATTERED": True}
+
+
 def samples() -> list[Sample]:
     """None: these are parts of programs."""
     return []
