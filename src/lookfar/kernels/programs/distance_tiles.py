@@ -87,10 +87,11 @@ def scored(products, inner, outer, CAPPED: tl.constexpr):
 @no_type_check
 def slope_of(scores, outer, CAPPED: tl.constexpr):
     """What the cap leaves of a gradient: 1 - tanh²."""
+    slope = tl.full(scores.shape, 1.0, tl.float32)
     if CAPPED:
         kept = scores / outer  # the tanh
-        return 1 - kept * kept
-    return 1.0
+        slope -= kept * kept
+    return slope
 
 
 @triton.jit
