@@ -39,7 +39,7 @@ def main() -> int:
         try:
             row = measure(sample, options.arch)
         except Exception as error:  # whatever a compiler raises
-            failed.append(f"{sample.name} does not compile: {str(error).strip().splitlines()[-1]}")
+            failed.append(f"{sample.name} does not compile: {_innermost(error)}")
             continue
         print("  ".join(f"{key} {value}" for key, value in {"name": sample.name, **row}.items()), flush=True)
         if row["shared_bytes"] > LENT:
@@ -73,6 +73,11 @@ def measure(sample: Sample, arch: int) -> dict[str, Any]:
         "warps": sample.warps,
         "stages": sample.stages,
     }
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong first: functions that call one another each tell of it."""
+    return error if error.__cause__ is None else _innermost(error.__cause__)
 
 
 def _registers(ptx: str, arch: int) -> tuple[int, int]:

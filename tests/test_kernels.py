@@ -359,18 +359,19 @@ def test_no_kernel_changes_what_it_is_given(expression, kernel):
         assert torch.equal(each, old)
 
 
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("row", "slots", "flex")])
-def test_gradients_reach_only_what_asks_for_them(kernel):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("row", "slots")])
+def test_gradients_reach_only_what_asks_for_them(kernel, dtype):
     """Keys and values of a cache need none, and inference mode must work too."""
-    scheme, sight = scheme_of("stable_mask", Shape(40)).double(), Sight.causal(40)
-    given = tensors(scheme, 40)
-    if KERNELS[kernel].refusal(scheme, call_of(given, sight, scheme)) is not None:
-        return
+    scheme, sight = scheme_of("stable_mask", Shape(40)).to(dtype), Sight.causal(40)
+    given = tensors(scheme, 40, dtype=dtype)
     queries = given.queries.clone().requires_grad_()
+    if KERNELS[kernel].refusal(scheme, Call.of(queries, given.keys, given.values, sight, scheme)) is not None:
+        return
     outputs = KERNELS[kernel].attend(queries, given.keys, given.values, sight, scheme)
     (gradient,) = torch.autograd.grad(outputs.sum(), queries)
     (expected,) = torch.autograd.grad(reference.attend(queries, given.keys, given.values, sight, scheme).sum(), queries)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
     with torch.inference_mode():
         again = KERNELS[kernel].attend(given.queries, given.keys, given.values, sight, scheme)
     torch.testing.assert_close(again, outputs.detach(), rtol=1e-6, atol=1e-6)

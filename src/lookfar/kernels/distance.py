@@ -84,8 +84,8 @@ class Distance(Kernel):
         )
         with _on(queries.device):
             if not needing and sight.queries * (scheme.heads.score_heads // scheme.heads.key_heads) <= ROWS:
-                return plan.decode(*map(_dense, (queries, keys, values)), table, sink)
-            return _Attend.apply(*map(_dense, (queries, keys, values)), table, sink, plan)
+                return plan.decode(_dense(queries), _dense(keys), _dense(values), table, sink)
+            return _Attend.apply(_dense(queries), _dense(keys), _dense(values), table, sink, plan)
 
 
 class _Attend(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as decorated
         queries, keys, values, table, sink, output, logsumexp = ctx.saved_tensors
         asked, known, given, learned, sunk, _ = ctx.needs_input_grad
         with _on(queries.device):

@@ -14,6 +14,7 @@ from lookfar.kernels.programs.distance_tiles import (
     rows_of,
     sample,
     sampled,
+    scattered,
     score_head_of,
     scored,
     seen,
@@ -186,14 +187,19 @@ def samples() -> list[Sample]:
     found = []
     for words, kind, constants in sampled():
         blocks = of_kind(DECODE, kind, constants)
-        for added in ("plain", "biased, window, documents"):
-            tensors = dict.fromkeys(("queries", "keys", "values"), f"*{kind}")
+        for added in ("plain", "biased, window, documents", "capped, scattered"):
+            if "capped" in added and constants["WIDTH"] != 80:
+                continue  # one kind of these is enough
+            tensors: dict[str, str | None] = {}
+            tensors |= dict.fromkeys(("queries", "keys", "values"), f"*{kind}")
             tensors |= dict.fromkeys(("parts", "tops", "totals"), "*fp32")
             tensors |= dict.fromkeys(("table", "first_seen", "query_documents", "key_documents"))
             if "documents" in added:
                 tensors |= {"table": "*fp32", "first_seen": "*i32"}
             shape = {"WINDOWED": "window" in added, "BLOCK_R": 16, "BLOCK_K": blocks.keys}
+            if "capped" in added:
+                scattered(tensors, shape)
             found.append(sample(f"distance decode, {words}, {added}", decode, tensors, constants | shape, blocks))
-    tensors = dict.fromkeys(("parts", "tops", "totals", "sink"), "*fp32") | {"output": "*bf16"}
+    kinds = dict.fromkeys(("parts", "tops", "totals", "sink"), "*fp32") | {"output": "*bf16"}
     constants = {"HEADS": 8, "VALUE_WIDTH": 128, "BLOCK_V": 128, "BLOCK_S": 64}
-    return [*found, sample("distance decode, merge", merge, tensors, constants, Blocks(0, 0))]
+    return [*found, sample("distance decode, merge", merge, kinds, constants, Blocks(0, 0))]

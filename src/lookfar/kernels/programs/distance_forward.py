@@ -15,6 +15,7 @@ from lookfar.kernels.programs.distance_tiles import (
     rows_of,
     sample,
     sampled,
+    scattered,
     scored,
     seen,
 )
@@ -230,12 +231,17 @@ def samples() -> list[Sample]:
     found = []
     for words, kind, constants in sampled():
         blocks = of_kind(FORWARD, kind, constants)
-        for added in ("biased", "biased, sink, window, documents"):
-            tensors = dict.fromkeys(("queries", "keys", "values", "output"), f"*{kind}")
+        for added in ("biased", "biased, sink, window, documents", "capped, scattered"):
+            if "capped" in added and constants["WIDTH"] != 80:
+                continue  # one kind of these is enough
+            tensors: dict[str, str | None] = {}
+            tensors |= dict.fromkeys(("queries", "keys", "values", "output"), f"*{kind}")
             tensors |= {"logsumexp": "*fp32", "table": "*fp32", "sink": None}
             tensors |= dict.fromkeys(("first_seen", "query_documents", "key_documents"))
             if "sink" in added:
                 tensors |= {"sink": "*fp32", "first_seen": "*i32"}
             shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            if "capped" in added:
+                scattered(tensors, shape)
             found.append(sample(f"distance forward, {words}, {added}", forward, tensors, constants | shape, blocks))
     return found

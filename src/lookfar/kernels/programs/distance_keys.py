@@ -14,6 +14,7 @@ from lookfar.kernels.programs.distance_tiles import (
     rows_of,
     sample,
     sampled,
+    scattered,
     score_head_of,
     scored,
     seen,
@@ -248,13 +249,18 @@ def samples() -> list[Sample]:
     found = []
     for words, kind, constants in sampled():
         blocks = of_kind(BACKWARD_KEYS, kind, constants)
-        for added in ("biased", "biased, window, documents"):
-            tensors = dict.fromkeys(("queries", "keys", "values", "gradient", "of_keys", "of_values"), f"*{kind}")
+        for added in ("biased", "biased, window, documents", "capped, scattered"):
+            if "capped" in added and constants["WIDTH"] != 80:
+                continue  # one kind of these is enough
+            tensors: dict[str, str | None] = {}
+            tensors |= dict.fromkeys(("queries", "keys", "values", "gradient", "of_keys", "of_values"), f"*{kind}")
             tensors |= {"logsumexp": "*fp32", "towards_rows": "*fp32", "table": "*fp32"}
             tensors |= dict.fromkeys(("first_seen", "last_seen", "query_documents", "key_documents"))
             if "documents" in added:
                 tensors |= {"first_seen": "*i32", "last_seen": "*i32"}
             shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            if "capped" in added:
+                scattered(tensors, shape)
             name = f"distance backward of keys, {words}, {added}"
             found.append(sample(name, backward_keys, tensors, constants | shape, blocks))
     return found

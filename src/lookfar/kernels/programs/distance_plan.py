@@ -78,7 +78,9 @@ class Plan:
         blocks, (batch, heads, count) = self._blocks(FORWARD), queries.shape[:3]
         output = _like(queries, values.shape[-1])
         logsumexp = torch.empty(batch, heads, count, dtype=torch.float32, device=queries.device)
-        distance_forward.forward[(-(-count // blocks.queries), batch * heads)](
+        _start(
+            distance_forward.forward,
+            (-(-count // blocks.queries), batch * heads),
             queries,
             keys,
             values,
@@ -121,7 +123,9 @@ class Plan:
         key_heads, known = keys.shape[1], keys.shape[2]
         towards = torch.empty_like(logsumexp)
         width = power(values.shape[-1])
-        distance_queries.towards[(-(-count // 64), batch * heads)](
+        _start(
+            distance_queries.towards,
+            (-(-count // 64), batch * heads),
             gradient,
             output,
             towards,
@@ -144,7 +148,9 @@ class Plan:
                 shape = (batch, heads, programs * (blocks.queries // blocks.keys), stride)
                 sums = torch.zeros(shape, dtype=torch.float32, device=queries.device)
             of_queries = _like(queries, queries.shape[-1])
-            distance_queries.backward_queries[(programs, batch * heads)](
+            _start(
+                distance_queries.backward_queries,
+                (programs, batch * heads),
                 queries,
                 keys,
                 values,
@@ -170,7 +176,9 @@ class Plan:
             blocks, parted = self._blocks(BACKWARD_KEYS), key_heads != values.shape[1]
             of_keys = _like(keys, keys.shape[-1])
             of_values = _like(keys, values.shape[-1], torch.float32 if parted else None)
-            distance_keys.backward_keys[(-(-known // blocks.keys), batch * key_heads)](
+            _start(
+                distance_keys.backward_keys,
+                (-(-known // blocks.keys), batch * key_heads),
                 queries,
                 keys,
                 values,
@@ -207,16 +215,19 @@ class Plan:
         span = -(-shown // (splits * blocks.keys)) * blocks.keys
         splits = -(-shown // span)
         parts = torch.empty(batch, heads, count, splits, width, dtype=torch.float32, device=queries.device)
-        tops, totals = torch.empty_like(parts[..., 0]), torch.empty_like(parts[..., 0])
+        tops = torch.empty(batch, heads, count, splits, dtype=torch.float32, device=queries.device)
+        totals = torch.empty_like(tops)
         constants = self._constants(blocks)
         del constants["BLOCK_Q"]
         rows = count * (heads // key_heads)
-        distance_decode.decode[(splits, batch * key_heads)](
+        _start(
+            distance_decode.decode,
+            (splits, batch * key_heads),
             queries,
             keys,
             values,
             parts,
-            tops.contiguous(),
+            tops,
             totals,
             table if table is None else table * LOG2E,
             self.first_seen,
@@ -235,7 +246,9 @@ class Plan:
             **constants,
         )
         output = _like(queries, width)
-        distance_decode.merge[(batch * heads * count,)](
+        _start(
+            distance_decode.merge,
+            (batch * heads * count,),
             parts,
             tops,
             totals,
@@ -276,6 +289,11 @@ class Plan:
             "num_stages": blocks.stages,
             "enable_fp_fusion": True,
         }
+
+
+def _start(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start so many programs."""
+    program[grid](*arguments, **constants)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

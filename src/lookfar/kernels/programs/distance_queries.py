@@ -6,7 +6,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_blocks import BACKWARD_QUERIES, LEARNED, of_kind
+from lookfar.kernels.programs.distance_blocks import BACKWARD_QUERIES, LEARNED, Blocks, of_kind
 from lookfar.kernels.programs.distance_tiles import (
     PAD,
     key_head_of,
@@ -15,6 +15,7 @@ from lookfar.kernels.programs.distance_tiles import (
     rows_of,
     sample,
     sampled,
+    scattered,
     scored,
     seen,
     slope_of,
@@ -390,15 +391,22 @@ def samples() -> list[Sample]:
     """Every type and width, with a bias; with the table's gradient; and in a window and documents."""
     found = []
     for words, kind, constants in sampled():
-        for added in ("biased", "learned", "learned, window, documents"):
+        for added in ("biased", "learned", "learned, window, documents", "capped, scattered"):
+            if "capped" in added and constants["WIDTH"] != 80:
+                continue  # one kind of these is enough
             blocks = of_kind(LEARNED if "learned" in added else BACKWARD_QUERIES, kind, constants)
-            tensors = dict.fromkeys(("queries", "keys", "values", "gradient", "of_queries"), f"*{kind}")
+            tensors: dict[str, str | None] = {}
+            tensors |= dict.fromkeys(("queries", "keys", "values", "gradient", "of_queries"), f"*{kind}")
             tensors |= {"logsumexp": "*fp32", "towards_rows": "*fp32", "table": "*fp32"}
             tensors |= dict.fromkeys(("first_seen", "query_documents", "key_documents"))
             tensors |= {"sums": "*fp32" if "learned" in added else None}
             if "documents" in added:
                 tensors |= {"first_seen": "*i32"}
             shape = {"WINDOWED": "window" in added, "BLOCK_Q": blocks.queries, "BLOCK_K": blocks.keys}
+            if "capped" in added:
+                scattered(tensors, shape)
             name = f"distance backward of queries, {words}, {added}"
             found.append(sample(name, backward_queries, tensors, constants | shape, blocks))
-    return found
+    kinds = dict.fromkeys(("gradient", "output"), "*bf16") | {"result": "*fp32"}
+    constants = {"HEADS": 8, "VALUE_WIDTH": 128, "BLOCK_V": 128, "BLOCK_Q": 64}
+    return [*found, sample("distance backward, towards", towards, kinds, constants, Blocks(0, 0))]

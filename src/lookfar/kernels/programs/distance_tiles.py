@@ -1,6 +1,7 @@
 """What the programs of the kernel `distance` share: heads that share keys, scores, and who sees whom in a tile."""
 # ruff: noqa: N803  # capitals are constants of a program, as Triton's users write them
 
+from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import torch
@@ -86,10 +87,11 @@ def scored(products, inner, outer, CAPPED: tl.constexpr):
 @no_type_check
 def slope_of(scores, outer, CAPPED: tl.constexpr):
     """What the cap leaves of a gradient: 1 - tanh²."""
+    slope = tl.full(scores.shape, 1.0, tl.float32)
     if CAPPED:
         kept = scores / outer  # the tanh
-        return 1 - kept * kept
-    return 1.0
+        slope -= kept * kept
+    return slope
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def seen(
 
 
 def sample(
-    name: str, program: Any, tensors: dict[str, str | None], constants: dict[str, Any], blocks: Blocks
+    name: str, program: Any, tensors: Mapping[str, str | None], constants: dict[str, Any], blocks: Blocks
 ) -> Sample:
     """A program with the types of its tensors, None where one is not given; numbers are float32 or int32 by name."""
     numbers = {"inner": "fp32", "outer": "fp32", "scale": "fp32"}
@@ -151,6 +153,12 @@ def sampled() -> list[tuple[str, str, dict[str, Any]]]:
         }
         cases.append((f"{kind}, width {width} and {value_width}", kind, constants))
     return cases
+
+
+def scattered(tensors: dict[str, str | None], constants: dict[str, Any]) -> None:
+    """Change a sample to soft-capped scores and documents that lie in between one another."""
+    tensors |= {"query_documents": "*i32", "key_documents": "*i32"}
+    constants |= {"CAPPED": True, "SCATTERED": True}
 
 
 def samples() -> list[Sample]:
