@@ -129,7 +129,9 @@ def test_the_metadata_names_the_version_the_licence_the_extras_and_the_command(w
     assert {"hub", "bench", "cluster", "track", "dev"} == set(extras) == set(about.get_all("Provides-Extra"))
     wanted = {(need, None) for need in PROJECT["dependencies"]}
     wanted |= {(need, extra) for extra, needs in extras.items() for need in needs}
-    stated = [re.fullmatch(r"(.*?)(?:; extra == '(.*)')?", need).groups() for need in about.get_all("Requires-Dist")]
+    pattern = re.compile(r"(.*?)(?:; (?:\((.*)\) and )?extra == '(.*)')?")
+    parts = [pattern.fullmatch(need).groups() for need in about.get_all("Requires-Dist")]
+    stated = [(f"{need}; {where}" if where else need, extra) for need, where, extra in parts]
     assert set(stated) == wanted and len(stated) == len(wanted)
     commands = ConfigParser()
     commands.read_string(found[f"{INFO}/entry_points.txt"].decode())
