@@ -149,18 +149,30 @@ def test_every_width_is_the_definition(width):
     assert_is_the_definition(SMALL, scheme_of("kerple", shape), shape)
 
 
+def assert_is_as_exact(kernel, expression, shapes, dtype, seeds=2):
+    """No further from the truth than the definition, over draws: the error of one call is a matter of luck."""
+    found, definition, true = defaultdict(list), defaultdict(list), defaultdict(list)
+    for shape, seed in itertools.product(shapes, range(seeds)):
+        scheme, sight = scheme_of(expression, shape), shape.sight()
+        given = tensors(scheme, shape.tokens, shape.batch, shape.queries, seed, dtype)
+        wide = type(given)(*(each.double() for each in (given.queries, given.keys, given.values, given.x)))
+        exact = results(reference.attend, wide, sight, copy.deepcopy(scheme).double())
+        defined = results(reference.attend, given, sight, scheme)
+        for what, value in results(kernel.attend, given, sight, scheme).items():
+            found[what].append(value)
+            definition[what].append(defined[what])
+            true[what].append(exact[what])
+    for what in found:
+        assert_as_good(found[what], definition[what], true[what], dtype, what)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("expression", ["kerple", "differential + kerple"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_blocks_of_a_gpu_are_the_definition(expression, dtype):
-    """The widths that it has blocks for, each in more than one tile; twice as wide values."""
-    for width in (64, 128) if expression == "kerple" else (32, 64, 128):
-        shape = Shape(200, heads=2, head_width=width)
-        scheme = scheme_of(expression, shape)
-        given, sight = tensors(scheme, 200, 1, dtype=dtype), shape.sight()
-        expected = results(reference.attend, given, sight, scheme)
-        for what, value in results(Distance().attend, given, sight, scheme).items():
-            assert_near(value, expected[what], what)
+def test_the_blocks_of_a_gpu_are_as_exact_as_the_definition(expression, dtype):
+    """The widths that it has blocks for, each in more than one tile; values twice as wide."""
+    widths = (64, 128, 256) if expression == "kerple" else (32, 64, 128)
+    assert_is_as_exact(Distance(), expression, [Shape(200, heads=2, head_width=width) for width in widths], dtype)
 
 
 @pytest.mark.parametrize(
@@ -174,21 +186,8 @@ def test_the_blocks_of_a_gpu_are_the_definition(expression, dtype):
     ids=str,
 )
 def test_every_type_is_as_exact_as_the_definition(expression, dtype):
-    """Over draws of several shapes: the error of one call is a matter of luck."""
-    found, definition, true = defaultdict(list), defaultdict(list), defaultdict(list)
     shapes = [Shape(13, heads=2, batch=2), Shape(33, heads=4, groups=2), Shape(37, queries=9, window=20)]
-    for shape, seed in itertools.product(shapes, range(2)):
-        scheme, sight = scheme_of(expression, shape), shape.sight()
-        given = tensors(scheme, shape.tokens, shape.batch, shape.queries, seed, dtype)
-        wide = type(given)(*(each.double() for each in (given.queries, given.keys, given.values, given.x)))
-        exact = results(reference.attend, wide, sight, copy.deepcopy(scheme).double())
-        defined = results(reference.attend, given, sight, scheme)
-        for what, value in results(SMALL.attend, given, sight, scheme).items():
-            found[what].append(value)
-            definition[what].append(defined[what])
-            true[what].append(exact[what])
-    for what in found:
-        assert_as_good(found[what], definition[what], true[what], dtype, what)
+    assert_is_as_exact(SMALL, expression, shapes, dtype)
 
 
 def test_a_soft_cap_is_the_definition():
