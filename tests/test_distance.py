@@ -100,7 +100,7 @@ def test_heads_that_are_too_wide_are_refused():
         ("rope", {"queries": 100}, "distance"),
         ("differential_v2 + t5", {}, "distance"),
         ("kerple", {"dtype": torch.float64}, "square"),
-        ("kerple", {"causal": False, "plain": False}, "square"),
+        ("kerple", {"causal": False, "plain": False}, "flex"),
         ("kerple", {"slots": True, "plain": False}, "slots"),
     ],
 )
@@ -114,8 +114,8 @@ def test_every_list_has_every_kernel():
         for queries in (1, 64, 4096):
             for slots in (False, True):
                 call = Call(device=device, queries=queries, keys=4096, slots=slots)
-                for bare in (True, False):
-                    assert sorted(preference(call, bare=bare)) == plugins.names("kernels")
+                for expression in ("nope", "kerple"):
+                    assert sorted(preference(scheme_of(expression, Shape(1)), call)) == plugins.names("kernels")
 
 
 def test_naming_it_on_a_cpu_is_refused(monkeypatch):

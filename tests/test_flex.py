@@ -301,7 +301,7 @@ def test_what_is_summed_in_no_order_is_refused_where_order_is_asked_for():
 
 
 def test_a_gpu_prefers_flex_to_the_square_and_a_single_query_its_row():
-    order = preference(Call(device="cuda"))
+    order = preference(build_scheme("kerple", heads=2), Call(device="cuda"))
     assert order.index("distance") < order.index("row") < order.index("flex") < order.index("square")
     told = dict(kernels.explain(build_scheme("kerple", heads=2), Call(device="cuda", queries=512, keys=512)))
     assert told["flex"] is None and told["sdpa"] and told["row"]

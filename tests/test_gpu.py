@@ -65,8 +65,8 @@ def on_gpu(given, dtype):
     return type(given)(*(each.to("cuda", dtype) for each in (given.queries, given.keys, given.values, given.x)))
 
 
-def test_every_kernel_but_those_of_processors_is_asked():
-    assert {*preference(Call(device="cuda"))} == {*plugins.names("kernels")}
+def test_every_kernel_is_asked_or_told():
+    assert {*preference(build_scheme("kerple", heads=2), Call(device="cuda"))} == {*plugins.names("kernels")}
 
 
 def compare(expression, dtype, cases):

@@ -16,7 +16,7 @@ from lookfar.attention import reference
 from lookfar.attention.scheme import build_scheme
 from lookfar.batch import consecutive
 from lookfar.errors import UserError
-from lookfar.kernels import sdpa, square
+from lookfar.kernels import compiled, sdpa, square
 from lookfar.kernels.base import Call
 from lookfar.kernels.chunked import Chunked
 from lookfar.kernels.dispatch import preference
@@ -451,16 +451,30 @@ def test_every_kernel_is_willing_or_says_why_not(expression):
         assert dict(told)["chunked"] is None and dict(told)["reference"] is None
 
 
-def test_short_calls_on_a_cpu_prefer_the_square_and_long_ones_flash():
-    assert preference(Call(queries=128, keys=128))[0] == "square"
-    assert preference(Call(queries=1024, keys=1024))[0] == "sdpa"
-    assert preference(Call(queries=1, keys=128))[0] == "row"
-    assert preference(Call(device="cuda", queries=128, keys=128))[0] == "sdpa"
-    for call in (Call(queries=128), Call(queries=1), Call(queries=4096, keys=4096), Call(slots=True)):
-        order = preference(call)
-        assert order.index("flex") > order.index("reference"), "on a CPU only by name"
-    assert preference(Call(dtype=torch.bfloat16, queries=512, keys=512))[0] == "square"
-    assert preference(Call(dtype=torch.float32, queries=512, keys=512))[0] == "sdpa"
+@pytest.mark.parametrize(
+    ("expression", "call", "first"),
+    [
+        ("nope", {"queries": 128, "keys": 128}, "square"),
+        ("nope", {"queries": 256, "keys": 256}, "strips"),
+        ("kerple", {"queries": 7, "keys": 4096}, "strips"),
+        ("kerple", {"queries": 1, "keys": 4096}, "row"),
+        ("kerple", {"queries": 512, "keys": 512, "dtype": torch.bfloat16}, "square"),
+        ("fire", {"queries": 512, "keys": 512, "dtype": torch.bfloat16}, "strips"),
+        ("kerple", {"queries": 2048, "keys": 2048, "dtype": torch.bfloat16}, "strips"),
+        ("cope", {"queries": 64, "keys": 64}, "strips"),
+        ("transformer_xl", {"queries": 4096, "keys": 4096}, "chunked"),
+        ("nope", {"queries": 512, "keys": 512, "causal": False, "plain": False}, "sdpa"),
+        ("nope", {"queries": 512, "keys": 512, "dtype": torch.float64}, "sdpa"),
+        ("nope", {"slots": True}, "slots"),
+    ],
+)
+def test_a_processor_has_the_kernel_that_was_measured_to_be_fastest(expression, call, first):
+    if first == "strips" and compiled.refusal():
+        pytest.skip(compiled.refusal())
+    scheme, call = build_scheme(expression, heads=2, head_width=8), Call(**call)
+    assert isinstance(kernels.choose(scheme, call), plugins.find("kernels", first))
+    order = preference(scheme, call)
+    assert order.index("flex") > order.index("reference"), "on a CPU only by name"
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,16 @@ from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
 TOLD = ("distance", "dape", "flex")  # made for a GPU, and after `reference` never taken: `explain` says why
-LONG = ("sdpa", "strips", "square", "row", "slots", "chunked", "reference", *TOLD)
-SHORT = ("square", "sdpa", "strips", "row", "slots", "chunked", "reference", *TOLD)
+LONG = ("strips", "sdpa", "square", "row", "slots", "chunked", "reference", *TOLD)
+SHORT = ("square", "strips", "sdpa", "row", "slots", "chunked", "reference", *TOLD)
 SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference", *TOLD)
-SLOTS = ("slots", "sdpa", "square", "strips", "row", "chunked", "reference", *TOLD)
-FLASH = (
-    "sdpa",
-    "distance",
-    "row",
-    "flex",
-    "dape",
-    "square",
-    "slots",
-    "chunked",
-    "reference",
-    "strips",
-)  # a GPU's, if alone
+SLOTS = ("slots", "strips", "sdpa", "square", "row", "chunked", "reference", *TOLD)
+FLASH = ("sdpa", "distance", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")  # a GPU's
 GPU = ("distance", "sdpa", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")
-SHORTEST_FLASH = 1024  # keys from which a flash kernel on a CPU trains at least as fast as the square in bfloat16
+SHORTEST = {  # keys from which strips are faster than the square, as `python -m benchmarks --only choices` tells
+    torch.bfloat16: {"by distance": 2048, "another bias": 512},
+    torch.float32: {"by distance": 256, "another bias": 256},
+}
 
 
 def attend(
@@ -55,31 +47,25 @@ def attend(
 
 def choose(scheme: Scheme, call: Call) -> Kernel:
     """The first kernel of the preference list that does not refuse."""
-    return next(
-        each for name in preference(call, bare=_bare(scheme)) if (each := _kernel(name)).refusal(scheme, call) is None
-    )
+    return next(each for name in preference(scheme, call) if (each := _kernel(name)).refusal(scheme, call) is None)
 
 
 def explain(scheme: Scheme, call: Call) -> list[tuple[str, str | None]]:
     """Each kernel in order of preference with the reason of its refusal; None: willing, and the first such is taken."""
-    return [(name, _kernel(name).refusal(scheme, call)) for name in preference(call, bare=_bare(scheme))]
+    return [(name, _kernel(name).refusal(scheme, call)) for name in preference(scheme, call)]
 
 
-def preference(call: Call, *, bare: bool = True) -> tuple[str, ...]:
-    """Kernels in the order in which they are asked; `bare`: nothing is added to scores, nothing joins the softmax."""
+def preference(scheme: Scheme, call: Call) -> tuple[str, ...]:
+    """Kernels in the order in which they are asked."""
     if call.slots:
         return SLOTS
     if call.device == "cuda":
-        alone = bare and call.plain and call.last and call.queries in (1, call.keys)
-        return FLASH if alone else GPU
-    if call.queries == 1 and call.device == "cpu":
+        bare = not (scheme.biases or scheme.sinks or scheme.soft_cap is not None)
+        return FLASH if bare and call.plain and call.last and call.queries in (1, call.keys) else GPU
+    if call.queries == 1:
         return SINGLE
-    short = call.device == "cpu" and call.keys < SHORTEST_FLASH and call.queries > 1
-    return SHORT if short and (call.dtype == torch.bfloat16 or call.keys <= SHORTEST_FLASH // 4) else LONG
-
-
-def _bare(scheme: Scheme) -> bool:
-    return not (scheme.biases or scheme.sinks or scheme.soft_cap is not None)
+    kind = "by distance" if scheme.by_distance else "another bias"
+    return SHORT if call.keys < SHORTEST.get(call.dtype, SHORTEST[torch.float32])[kind] else LONG
 
 
 @cache
