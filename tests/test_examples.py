@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lookfar.kernels import compiled
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -23,6 +25,7 @@ def test_example_is_short(example):
     assert len(example.read_text(encoding="utf-8").splitlines()) <= 40
 
 
+@pytest.mark.skipif(compiled.refusal() is not None, reason=f"the documents name all kernels: {compiled.refusal()}")
 def test_generated_documents_are_up_to_date():
     done = subprocess.run([sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

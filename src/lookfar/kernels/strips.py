@@ -5,13 +5,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lookfar.attention.scheme import Scheme
 from lookfar.kernels import compiled
 from lookfar.kernels.base import Call, Kernel
-from lookfar.kernels.compiled.calls import BACKWARD, FORWARD, Asked, asked_of
+from lookfar.kernels.compiled.calls import BACKWARD, FORWARD, SPARE, Asked
 from lookfar.methods.base import DistanceBias, Heads, ScoreMap
 from lookfar.methods.cope import Cope
 from lookfar.methods.dape_v1 import DapeV1
@@ -19,7 +18,6 @@ from lookfar.methods.dape_v2 import DapeV2
 from lookfar.methods.fire import Fire
 from lookfar.sight import Sight
 
-SPARE = 64  # numbers after a table that are read and count for nothing; at least a vector
 WIDEST = 13  # taps of a convolution
 
 
@@ -66,7 +64,8 @@ class Strips(Kernel):
                 value_head=heads.values_for_scores(_numbers(heads.value_heads)).flatten().int(),
                 **_parts(sight, scheme),
             )
-            return _Attend.apply(first, scheme.scale, keeps_bias, *asked).to(values.dtype)
+            output = _Attend.apply(first, scheme.scale, keeps_bias, *asked)[0]
+            return output[..., : values.shape[-1]].to(values.dtype)
 
 
 def _unknown(scheme: Scheme) -> str | None:
@@ -87,8 +86,9 @@ def _unknown(scheme: Scheme) -> str | None:
     return None
 
 
-def _numbers(count: int) -> Tensor:
-    return torch.arange(float(count))[None, :, None, None]
+def _numbers(count: int) -> Float[Tensor, "1 h 1 1"]:
+    """As heads of one token, in a type that holds them exactly."""
+    return torch.arange(count, dtype=torch.float64, device="cpu")[None, :, None, None]
 
 
 def _parts(sight: Sight, scheme: Scheme) -> dict[str, Tensor]:
@@ -96,7 +96,7 @@ def _parts(sight: Sight, scheme: Scheme) -> dict[str, Tensor]:
     found = {}
     if (sink := scheme.sink(sight.query_positions)) is not None:
         found["sink"] = sink.float()
-    distances = torch.arange(sight.keys - 1, -1, -1)
+    distances = torch.arange(sight.keys - 1, -1, -1, device=sight.key_positions.device)
     if any(isinstance(bias, DistanceBias) for bias in scheme.biases):
         found["table"] = F.pad(scheme.table(distances), (0, SPARE)).float()
     for bias in scheme.biases:
@@ -118,12 +118,17 @@ def _pieces(fire: Fire, sight: Sight, distances: Tensor, heads: Heads) -> dict[s
     rate = 1 / fire.normalizer(sight.query_positions.double())  # b q
     weight, shift = (each.double() for each in (fire.first.weight[:, 0], fire.first.bias))
     with torch.no_grad():
-        bounds = torch.where(weight == 0, torch.inf, -shift / weight).sort().values
+        own = torch.where(weight == 0, torch.inf, -shift / weight)  # where the input of each unit is 0
+        order = (weight > 0).double().argsort(stable=True)  # at one place, units that end before units that begin
+        order = order[own[order].argsort(stable=True)]
+        bounds, ends = own[order], weight[order] < 0
         middles = torch.cat([bounds[:1] - 1, (bounds[1:] + bounds[:-1]) / 2, bounds[-1:] + 1])
         middles = torch.where(middles.isfinite(), middles, torch.cat([bounds[:1], bounds]).nan_to_num(posinf=0) + 1)
-        active = (middles[:, None] * weight + shift > 0).double()  # n hidden
+        begun, not_ended = middles[:, None] > own, middles[:, None] < own  # at its own place a unit is not active
+        active = torch.where(weight > 0, begun, torch.where(weight < 0, not_ended, shift > 0)).double()  # n c
         low = (bounds[None] / rate.reshape(-1, 1)).clamp(max=torch.finfo(torch.float32).max)
-        cuts = torch.searchsorted(rise.flip(0), low, right=True).int()
+        after, at = (torch.searchsorted(rise.flip(0).contiguous(), low, right=right).int() for right in (True, False))
+        cuts = torch.where(ends, at, after)  # where a unit ends, it is no longer active
     second = fire.second.weight.double()
     slope = second @ (active * weight).T  # h n
     offset = second @ (active * shift).T + fire.second.bias.double()[:, None]
@@ -162,16 +167,19 @@ class _Attend(torch.autograd.Function):
     """The compiled functions; the order of tensors is that of `Asked`."""
 
     @staticmethod
-    def forward(ctx: Any, first: int, scale: float, keeps_bias: bool, *tensors: Tensor | None) -> Tensor:
-        output, tops, shares = FORWARD(first, scale, keeps_bias, list(tensors))
-        ctx.save_for_backward(output, tops, shares, *tensors)
-        ctx.numbers = first, scale, keeps_bias
-        return output[..., : asked_of(tensors).values.shape[-1]]
+    def forward(first: int, scale: float, keeps_bias: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return FORWARD(first, scale, keeps_bias, list(tensors))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the decorator's
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[3:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.numbers = inputs[:3]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         output, tops, shares, *tensors = ctx.saved_tensors
-        found = BACKWARD(*ctx.numbers, gradients[0].contiguous(), output, tops, shares, tensors)
+        towards = gradients[0][..., : tensors[2].shape[-1]]
+        found = BACKWARD(*ctx.numbers, towards, output, tops, shares, tensors)
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *(each if needed else None for each, needed in zip(found, wanted, strict=True))

@@ -8,13 +8,15 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import threading
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +25,7 @@ from lookfar import files
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
-OWN = ("-march=native", "-mcpu=native")  # the first that the compiler knows
+OWN = "-mcpu=native" if platform.machine().startswith(("arm", "aarch")) else "-march=native"
 POINTER, NUMBER, STEPS = c_void_p, c_int64, c_int64 * 3
 
 
@@ -59,11 +61,26 @@ class Call(ctypes.Structure):
     def set(self, **fields: Any) -> None:
         """Fill fields; of a tensor, its address. The tensors must outlive the call."""
         for name, value in fields.items():
+            assert name in FIELDS, name
             if isinstance(value, Tensor):
                 value = value.data_ptr()
             elif isinstance(value, tuple):
                 value = STEPS(*value)
             setattr(self, name, value)
+
+
+FIELDS = {each[0] for each in Call._fields_}
+_LOCK = threading.RLock()  # one thread compiles, the others wait
+
+
+def run(function: str, call: Call) -> None:
+    """Call `lookfar_forward` or `lookfar_backward`.
+
+    Raises:
+        MemoryError: what a strip needs is more than there is.
+    """
+    if getattr(library(), function)(call):
+        raise MemoryError("There is not enough memory for strips of scores; make batches smaller.")
 
 
 @cache
@@ -76,15 +93,20 @@ def refusal() -> str | None:
     return None
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The compiled functions `lookfar_forward` and `lookfar_backward`, each of which takes a pointer to a `Call`.
 
     Raises:
         Unavailable: there is no compiler, it fails, or the cache folder cannot be written.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
+    with _LOCK:
+        return _library()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(shutil.which, COMPILERS)][:1]
+    if not compiler or shutil.which(compiler[0]) is None:
         raise Unavailable("there is no C++ compiler; install one, such as g++, or set $CXX")
     here = resources.files("lookfar.kernels.compiled")
     sources = {each.name: each.read_bytes() for each in here.iterdir() if each.name.endswith((".cpp", ".h"))}
@@ -92,16 +114,15 @@ def library() -> ctypes.CDLL:
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory() as folder, files.replacing(file) as aside:
-                for name, content in sources.items():
-                    Path(folder, name).write_bytes(content)
-                _compile(compiler, Path(folder, "strips.cpp"), aside)
+            _publish(_compile(compiler, sources), file)
         found = ctypes.CDLL(str(file))
     except OSError as error:
         raise Unavailable(f"{file} cannot be written or loaded ({error.strerror or error})") from error
-    for function in (found.lookfar_forward, found.lookfar_backward):
-        function.argtypes, function.restype = (ctypes.POINTER(Call),), None
-    found.lookfar_lanes.argtypes, found.lookfar_lanes.restype = (), c_int64
+    for name in ("forward", "backward", "lanes", "call_size"):
+        getattr(found, f"lookfar_{name}").restype = c_int64
+    for name in ("forward", "backward"):
+        getattr(found, f"lookfar_{name}").argtypes = (ctypes.POINTER(Call),)
+    assert found.lookfar_call_size() == ctypes.sizeof(Call), "call.h has other fields"
     return found
 
 
@@ -109,10 +130,10 @@ class Unavailable(Exception):
     """Why there are no compiled functions."""
 
 
-def _name(compiler: str, sources: dict[str, bytes]) -> str:
-    """A name for what these sources become with this compiler on this processor."""
-    hashed = hashlib.sha256(repr((sorted(sources.items()), FLAGS, compiler, platform.machine(), _processor())).encode())
-    return f"strips-{hashed.hexdigest()[:16]}"
+def _name(compiler: list[str], sources: dict[str, bytes]) -> str:
+    """A name for what these sources become with this compiler, C library and processor."""
+    made_of = (sorted(sources.items()), FLAGS, compiler, platform.libc_ver(), platform.machine(), _processor())
+    return f"strips-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
 
 
 def _processor() -> str:
@@ -120,17 +141,33 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
 
 
-def _compile(compiler: str, source: Path, to: Path) -> None:
-    told = ""
-    for own in OWN:
-        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-        asked = [*compiler.split(), *FLAGS, own, *wide, str(source), "-o", str(to)]
-        done = subprocess.run(asked, capture_output=True, text=True, errors="replace", check=False)
+def _compile(compiler: list[str], sources: dict[str, bytes]) -> bytes:
+    """What the compiler makes for this very processor."""
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+    with TemporaryDirectory() as folder:
+        for name, content in sources.items():
+            Path(folder, name).write_bytes(content)
+        asked = [*compiler, *FLAGS, OWN, *wide, "strips.cpp", "-o", "strips.so"]
+        done = subprocess.run(asked, capture_output=True, text=True, errors="replace", check=False, cwd=folder)
         if done.returncode == 0:
-            return
-        told = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
-    raise Unavailable(f"{compiler} does not compile it: {told[:200]}")
+            return Path(folder, "strips.so").read_bytes()
+    told = next((line for line in done.stderr.splitlines() if "error" in line.lower()), "no reason given")
+    raise Unavailable(f"{' '.join(compiler)} does not compile it: {told[:200]}")
+
+
+def _publish(content: bytes, file: Path) -> None:
+    """Under a name that no other writer has, even in another container with the same process number."""
+    with NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as aside:
+        try:
+            aside.write(content)
+            aside.flush()
+            os.fsync(aside.fileno())
+            Path(aside.name).chmod(0o755)
+            Path(aside.name).replace(file)
+        except BaseException:
+            Path(aside.name).unlink(missing_ok=True)
+            raise

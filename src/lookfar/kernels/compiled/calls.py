@@ -1,7 +1,7 @@
 """The compiled functions as operators on tensors, which compilers of models need not look into."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lookfar.kernels import compiled
 
+SPARE = 64  # numbers after a table that are read and do not count: at least a vector
 MOST_PARTS = 8  # threads that add up gradients of keys and values each for itself
 LEAK = 0.01  # of the rectifier between the layers of a net
 
@@ -23,7 +24,7 @@ class Asked(NamedTuple):
     key_head: Int32[Tensor, " h"]  # of each score head
     value_head: Int32[Tensor, " h"]
     sink: Float[Tensor, "#b #h #q"] | None = None
-    table: Float[Tensor, "h n"] | None = None  # of the distances k - 1, …, 0, and at least 16 more that count not
+    table: Float[Tensor, "h n"] | None = None  # of the distances k - 1, …, 0, and SPARE numbers that do not count
     slope: Float[Tensor, "h p"] | None = None  # a bias of p pieces: slope · rise[distance] · rate[query] + offset
     offset: Float[Tensor, "h p"] | None = None
     rise: Float[Tensor, " n"] | None = None  # of distances, as in the table
@@ -40,6 +41,10 @@ class Asked(NamedTuple):
 def asked_of(tensors: Sequence[Tensor | None]) -> Asked:
     """The tensors by name, in the order in which `Asked` has them."""
     return Asked(*tensors)  # type: ignore[arg-type]  # the first six are never None
+
+
+def _no_second(ctx: Any, *gradients: Any) -> None:
+    raise NotImplementedError("The second derivative of strips is not implemented; ask for kernel='reference'.")
 
 
 NUMBERS = "int first, float scale, bool keeps_bias"
@@ -75,7 +80,10 @@ def _(
     shares: Tensor,
     tensors: list[Tensor | None],
 ) -> list[Tensor]:
-    return [gradient.new_empty(0 if each is None else each.shape) for each in tensors]
+    return [gradient.new_empty(each.shape if each is not None and each.is_floating_point() else 0) for each in tensors]
+
+
+BACKWARD.register_autograd(_no_second)
 
 
 def _results(asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +98,7 @@ def _forward(first: int, scale: float, keeps_bias: bool, asked: Asked) -> tuple[
     output, tops, shares = _results(asked)
     call = _call(first, scale, keeps_bias, asked)
     call.set(output=output, tops=tops, shares=shares)
-    compiled.library().lookfar_forward(call)
+    compiled.run("lookfar_forward", call)
     return output, tops, shares
 
 
@@ -106,6 +114,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradient of every tensor of `Asked`; of what is None or whole numbers, an empty one."""
     asked = _laid_out(asked)
+    gradient, output, tops, shares = (each.contiguous() for each in (gradient, output, tops, shares))
     batch, heads, queries, width = asked.queries.shape
     keys, value_width = asked.values.shape[2:]
     parts = 1 if asked.first_weight is None else min(torch.get_num_threads(), MOST_PARTS)
@@ -133,7 +142,7 @@ def _backward(
     call.set(output=output, tops=tops, shares=shares, gradient=gradient, parts=parts)
     plural = {"queries": "query", "keys": "key", "values": "value"}
     call.set(**{f"{plural.get(name, name)}_gradient": each for name, each in found.items()})
-    compiled.library().lookfar_backward(call)
+    compiled.run("lookfar_backward", call)
     found["queries"] = found["queries"][..., :width].contiguous()
     found["keys"] = _by_group(found["keys"].sum(0)[..., :width], asked.key_head, asked.keys.shape[1])
     found["values"] = _by_group(found["values"].sum(0)[..., :value_width], asked.value_head, asked.values.shape[1])

@@ -17,9 +17,9 @@ struct Net {
     std::vector<Vector> first_sums, second_sums;
     std::vector<double> first_biases, second_biases;
 
-    explicit Net(const Call& call)
+    Net(const Call& call, Int columns)
         : call(call), reach(call.taps / 2), channels(call.heads * call.inputs),
-          span(up(call.keys, PANEL) + 2 * PANEL + 2 * MARGIN) {
+          span(columns + 2 * PANEL + 2 * MARGIN) {
         seen.assign(channels * span, 0);
         change.assign(std::max(channels, call.hidden) * wide(), 0);
         kept.assign(2 * call.hidden * wide(), 0);

@@ -1,7 +1,12 @@
 // Attention for strips of queries against all keys that they see, forward and backward. See docs/kernels.md.
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "cope.h"
@@ -18,14 +23,39 @@ struct Free {
 };
 using Memory = std::unique_ptr<float, Free>;
 
-Memory room(Int count) { return Memory(static_cast<float*>(std::aligned_alloc(64, up(count * 4 + 4, 64)))); }
+Memory room(Int count) {
+    auto* found = static_cast<float*>(std::aligned_alloc(64, up(count * 4 + 4, 64)));
+    if (!found) throw std::bad_alloc();
+#ifdef LOOKFAR_POISON  // a test's: what is read before it is written is no number
+    std::fill(found, found + count, std::numeric_limits<float>::quiet_NaN());
+#endif
+    return Memory(found);
+}
 
+// Runs task(0) … task(threads - 1), as many at a time as can be started, and throws what the first of them threw.
 template <class Task>
 void on_threads(Int threads, Task task) {
+    std::exception_ptr failure;
+    std::mutex telling;
+    auto guarded = [&](Int thread) {
+        try {
+            task(thread);
+        } catch (...) {
+            std::lock_guard<std::mutex> alone(telling);
+            if (!failure) failure = std::current_exception();
+        }
+    };
     std::vector<std::thread> others;
-    for (Int thread = 1; thread < threads; ++thread) others.emplace_back(task, thread);
-    task(0);
+    others.reserve(threads);
+    Int started = 1;
+    try {
+        for (; started < threads; ++started) others.emplace_back(guarded, started);
+    } catch (const std::system_error&) {  // no more threads: the rest is done here
+    }
+    guarded(0);
+    for (; started < threads; ++started) guarded(started);
     for (auto& each : others) each.join();
+    if (failure) std::rethrow_exception(failure);
 }
 
 // Rows [count, padded] and panels of columns [panel][width][PANEL], for every batch and head.
@@ -110,24 +140,17 @@ struct Work {
         return {batch, query, rows, base, up(to - base, PANEL)};
     }
 
-    // Queries of a strip of so many numbers at most, beginning with `query`.
-    Int height(Int query, Int numbers) const {
-        Int columns = up(call.first + query + TALLEST, PANEL);
-        Int rows = std::max(ROWS, std::min(TALLEST, numbers / columns) / ROWS * ROWS);
-        return std::min(rows, call.queries - query);
-    }
-
+    // Strips of at most TALLEST queries and, where that leaves ROWS of them, `numbers` scores.
     std::vector<Strip> strips(Int numbers) const {
         std::vector<Strip> found;
         for (Int batch = 0; batch < call.batch; ++batch)
-            for (Int query = 0, rows; query < call.queries; query += rows) {
-                rows = height(query, numbers);
-                found.push_back(strip(batch, query, rows));
+            for (Int query = 0; query < call.queries; query += found.back().rows) {
+                Int rows = std::min(TALLEST, call.queries - query);
+                while (rows > ROWS && rows * strip(batch, query, rows).columns > numbers) rows -= ROWS;
+                found.push_back(strip(batch, query, std::max(rows, std::min(ROWS, call.queries - query))));
             }
         return found;
     }
-
-    Int most_columns() const { return up(call.keys, PANEL) + PANEL; }
 
     // Scaled queries of a strip, [rows, padded].
     void queries(const Strip& strip, Int head, float* to) const {
@@ -186,14 +209,15 @@ struct Work {
 struct Hand {
     const Work& work;
     const Call& call;
+    Int maps;  // heads that are computed together
     Memory raw, weights, gradients, queries, towards, products, biases;
     std::unique_ptr<Net> net;
     Cope cope;
 
-    Hand(const Work& work) : work(work), call(work.call) {
+    Hand(const Work& work, Int columns) : work(work), call(work.call), maps(call.coupled() ? call.heads : 1) {
         queries = room(TALLEST * work.padded);
         if (call.embedding) products = room(2 * TALLEST * call.place_step);
-        if (call.coupled()) net = std::make_unique<Net>(call);
+        if (call.coupled()) net = std::make_unique<Net>(call, columns);
     }
 
     Int places() const { return call.place_step; }
@@ -220,16 +244,28 @@ struct Hand {
     }
 };
 
-struct Forward : Hand {
-    Int step;
+// Floats from one row of a strip to the next: zeros between them stand for what lies beyond.
+Int step_of(const Strip& strip) { return strip.columns + 2 * MARGIN; }
 
-    Forward(const Work& work, Int tallest) : Hand(work), step(work.most_columns() + 2 * MARGIN) {
-        Int maps = call.coupled() ? call.heads : 1;
-        weights = room(maps * tallest * step);
-        if (call.embedding) raw = room(step);
+struct Size {
+    Int scores = 0, columns = 0;  // the most of a strip, margins included, and of a row
+
+    explicit Size(const std::vector<Strip>& strips) {
+        for (const Strip& each : strips) {
+            scores = std::max(scores, each.rows * step_of(each));
+            columns = std::max(columns, each.columns);
+        }
+    }
+};
+
+struct Forward : Hand {
+    Forward(const Work& work, Size size) : Hand(work, size.columns) {
+        weights = room(maps * size.scores);
+        if (call.embedding) raw = room(size.columns);
     }
 
     void head(const Strip& strip, Int head) {
+        Int step = step_of(strip);
         float divided[TALLEST];
         work.queries(strip, head, queries.get());
         work.scores(work.keys, work.key_map(strip.batch, head), queries.get(), work.padded, strip, 0, strip.columns,
@@ -247,7 +283,7 @@ struct Forward : Hand {
 
     void heads(const Strip& strip) {
         std::vector<float> divided(call.heads * strip.rows);
-        Int map_step = strip.rows * step;
+        Int step = step_of(strip), map_step = strip.rows * step;
         for (Int head = 0; head < call.heads; ++head) {
             work.queries(strip, head, queries.get());
             work.scores(work.keys, work.key_map(strip.batch, head), queries.get(), work.padded, strip, 0,
@@ -270,19 +306,17 @@ struct Forward : Hand {
 };
 
 struct Backward : Hand {
-    Int step, part;
+    Int part, step = 0;
     float deltas[TALLEST];
 
-    Backward(const Work& work, Int tallest, Int width, Int part)
-        : Hand(work), step(width + 2 * MARGIN), part(part) {
-        Int maps = call.coupled() ? call.heads : 1;
-        weights = room(maps * tallest * step);
-        gradients = room(maps * tallest * step + 2 * MARGIN);
+    Backward(const Work& work, Size size, Int part) : Hand(work, size.columns), part(part) {
+        weights = room(maps * size.scores);
+        gradients = room(maps * size.scores + 2 * MARGIN);
         towards = room(TALLEST * work.value_padded);
-        if (call.coupled() || call.embedding) raw = room(maps * tallest * step);
+        if (call.coupled() || call.embedding) raw = room(maps * size.scores);
         if (call.coupled()) {
-            biases = room(call.heads * step);
-            std::memset(gradients.get(), 0, (maps * tallest * step + 2 * MARGIN) * sizeof(float));
+            biases = room(call.heads * (size.columns + 2 * MARGIN));
+            std::fill(gradients.get(), gradients.get() + MARGIN, 0.0f);
             net->begin();
         }
     }
@@ -348,6 +382,7 @@ struct Backward : Hand {
     void head(const Strip& strip, Int head) {
         take(strip, head);
         Int chunk = call.embedding ? strip.columns : CHUNK;
+        step = std::min(chunk, strip.columns) + 2 * MARGIN;
         float *place_products = products.get(), *of_products = place_products + TALLEST * places();
         if (call.embedding) {
             embed(strip);
@@ -390,6 +425,7 @@ struct Backward : Hand {
     }
 
     void heads(const Strip& strip) {
+        step = step_of(strip);
         Int map_step = strip.rows * step;
         float* first = gradients.get() + MARGIN;
         for (Int head = 0; head < call.heads; ++head) {
@@ -442,57 +478,61 @@ struct Backward : Hand {
     }
 };
 
-Int tallest(const std::vector<Strip>& strips) {
-    Int found = 0;
-    for (const Strip& each : strips) found = std::max(found, each.rows);
-    return found;
-}
-
-}  // namespace
-
-// Floats of a vector: rows of results are filled up to whole ones.
-extern "C" Int lookfar_lanes() { return LANES; }
-
-extern "C" void lookfar_forward(const Call* call) {
-    Work work(*call, false);
-    Int maps = call->coupled() ? 1 : call->heads;
-    std::vector<Strip> strips = work.strips(call->coupled() ? 2 * NUMBERS / call->heads : NUMBERS);
+void forward(const Call& call) {
+    Work work(call, false);
+    Int maps = call.coupled() ? 1 : call.heads;
+    std::vector<Strip> strips = work.strips(call.coupled() ? 2 * NUMBERS / call.heads : NUMBERS);
     std::atomic<Int> next{0};
     Int count = Int(strips.size());
-    on_threads(std::min(call->threads, count * maps), [&](Int) {
-        Forward hand(work, tallest(strips));
+    on_threads(std::min(call.threads, count * maps), [&](Int) {
+        Forward hand(work, Size(strips));
         for (Int each; (each = next++) < count * maps;) {  // the longest first
             const Strip& strip = strips[count - 1 - each % count];
-            call->coupled() ? hand.heads(strip) : hand.head(strip, each / count);
+            call.coupled() ? hand.heads(strip) : hand.head(strip, each / count);
         }
     });
 }
 
-extern "C" void lookfar_backward(const Call* call) {
-    Work work(*call, true);
-    bool whole = call->coupled() || call->embedding;
-    Int numbers = call->coupled() ? 2 * NUMBERS / call->heads : whole ? NUMBERS / 2 : NUMBERS / 2 + CHUNK * TALLEST;
-    std::vector<Strip> strips;
-    if (whole) strips = work.strips(numbers);
-    else
-        for (Int batch = 0; batch < call->batch; ++batch)
-            for (Int query = 0; query < call->queries; query += TALLEST)
-                strips.push_back(work.strip(batch, query, std::min(TALLEST, call->queries - query)));
-    Int width = whole ? work.most_columns() : CHUNK, count = Int(strips.size());
-    if (call->coupled()) {  // strips by turns, so that what a thread adds up does not depend on its speed
-        on_threads(call->parts, [&](Int part) {
-            Backward hand(work, tallest(strips), width, part);
-            for (Int each = part; each < count; each += call->parts) hand.heads(strips[each]);
+void backward(const Call& call) {
+    Work work(call, true);
+    if (call.coupled()) {  // strips by turns, so that what a thread adds up does not depend on its speed
+        std::vector<Strip> strips = work.strips(2 * NUMBERS / call.heads);
+        on_threads(call.parts, [&](Int part) {
+            Backward hand(work, Size(strips), part);
+            for (Int each = part; each < Int(strips.size()); each += call.parts) hand.heads(strips[each]);
             hand.net->finish(part);
         });
         return;
     }
+    std::vector<Strip> strips = work.strips(call.embedding ? NUMBERS / 2 : std::numeric_limits<Int>::max());
+    Size size(strips);
+    if (!call.embedding) size.scores = std::min(size.scores, TALLEST * (CHUNK + 2 * MARGIN));
     std::atomic<Int> next{0};
-    Int tasks = call->batch * call->heads;
-    on_threads(std::min(call->threads, tasks), [&](Int) {
-        Backward hand(work, tallest(strips), width, 0);
+    Int tasks = call.batch * call.heads;
+    on_threads(std::min(call.threads, tasks), [&](Int) {
+        Backward hand(work, size, 0);
         for (Int task; (task = next++) < tasks;)
             for (const Strip& strip : strips)
-                if (strip.batch == task / call->heads) hand.head(strip, task % call->heads);
+                if (strip.batch == task / call.heads) hand.head(strip, task % call.heads);
     });
 }
+
+// 0, or 1 where there is not enough memory.
+Int tried(void (*function)(const Call&), const Call* call) {
+    try {
+        function(*call);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" Int lookfar_lanes() { return LANES; }
+
+extern "C" Int lookfar_call_size() { return sizeof(Call); }
+
+extern "C" Int lookfar_forward(const Call* call) { return tried(forward, call); }
+
+extern "C" Int lookfar_backward(const Call* call) { return tried(backward, call); }
