@@ -210,18 +210,6 @@ def test_gradients_may_come_in_any_layout():
             assert torch.equal(each, expected[name]), name
 
 
-def test_torch_func_gives_the_same_gradients():
-    scheme, sight = scheme_of("kerple", Shape(20)), Sight.causal(20)
-    given = tensors(scheme, 20, 1, None, 0, torch.float32)
-
-    def loss(queries):
-        return Strips().attend(queries, given.keys, given.values, sight, scheme).square().sum()
-
-    queries = given.queries.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(queries), queries)
-    torch.testing.assert_close(torch.func.grad(loss)(given.queries), expected)
-
-
 def test_the_operators_are_what_they_are_said_to_be():
     scheme, sight = scheme_of("fire + cope", Shape(20)), Sight.causal(20)
     given = tensors(scheme, 20, 1, None, 0, torch.float32)
