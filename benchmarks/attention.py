@@ -226,5 +226,7 @@ def _peak(case: Case) -> float | None:
 
 def _warm(case: Case) -> Callable[[], Any]:
     """The call of a case in a process that has made a small one: what libraries load once is no part of it."""
-    prepare(replace(case, length=64))()
+    kernel = _kernel(case, case.build())
+    small = f"lookfar {kernel}" if kernel else case.implementation  # a short call alone may have another kernel
+    prepare(replace(case, length=64, implementation=small))()
     return prepare(case)

@@ -15,7 +15,7 @@ from lookfar.sight import Sight
 TOLD = ("distance", "dape", "flex")  # made for a GPU, and after `reference` never taken: `explain` says why
 LONG = ("strips", "sdpa", "square", "row", "slots", "chunked", "reference", *TOLD)
 SHORT = ("square", "strips", "sdpa", "row", "slots", "chunked", "reference", *TOLD)
-SINGLE = ("row", "sdpa", "square", "strips", "slots", "chunked", "reference", *TOLD)
+SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference", "strips", *TOLD)  # strips lay out all keys first
 SLOTS = ("slots", "strips", "sdpa", "square", "row", "chunked", "reference", *TOLD)
 FLASH = ("sdpa", "distance", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")  # a GPU's
 GPU = ("distance", "sdpa", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")
