@@ -135,6 +135,7 @@ def test_documents_in_between_one_another_are_the_definition(queries, window):
     assert_is_the_definition(SMALL, scheme_of("stable_mask", shape), shape)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["decode", "decode in groups", "decode in documents"])
 @pytest.mark.parametrize("expression", ["differential + kerple", "differential_v2 + t5 + stable_mask"])
 def test_decoding_two_maps_is_the_definition(expression, place):
@@ -179,8 +180,8 @@ def test_the_blocks_of_a_gpu_are_as_exact_as_the_definition(expression, dtype):
     ("expression", "dtype"),
     [
         ("alibi(learned=true) + learned_sink", torch.bfloat16),
-        ("alibi(learned=true) + learned_sink", torch.float16),
-        ("t5", torch.bfloat16),
+        pytest.param("alibi(learned=true) + learned_sink", torch.float16, marks=pytest.mark.long),
+        pytest.param("t5", torch.bfloat16, marks=pytest.mark.long),
         ("kerple + stable_mask", torch.float32),
     ],
     ids=str,

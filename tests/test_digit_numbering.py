@@ -78,7 +78,7 @@ def test_operands_that_are_not_reversed_are_coupled_by_their_units():
     assert found[[2, 3, 4]].tolist() == [2, 3, 4]  # after BOS and `Compute`
 
 
-@pytest.mark.parametrize("way", ["abacus(largest=20)", "coupled(largest=20)"])
+@pytest.mark.parametrize("way", ["abacus(largest=20)", pytest.param("coupled(largest=20)", marks=pytest.mark.long)])
 def test_training_shows_the_numbers_of_the_function(a_run, tmp_path, monkeypatch, way):
     given, states = [], Decoder.states
 

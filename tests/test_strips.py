@@ -123,7 +123,7 @@ EDGES = [(f"kerple + dape_v2(kernel={taps})", keys) for taps in (1, 3, 13) for k
 EDGES += [(expression, keys) for expression in ("kerple", "fire", "cope") for keys in (1023, 1024, 1025, 2049)]
 
 
-@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("window", [None, pytest.param(700, marks=pytest.mark.long)])
 @pytest.mark.parametrize(("expression", "keys"), EDGES)
 def test_rows_longer_than_what_is_held_at_a_time_are_the_definition(expression, keys, window):
     """Nets take 512 keys at a time, the backward pass of biases 1,024; strips of long rows are lower."""
