@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ import pytest
 from lookfar import config, files
 from lookfar.config import Study
 from lookfar.errors import UserError
-from lookfar.study import workers
+from lookfar.study import on_ray, workers
 from lookfar.study.runner import run_study
 from lookfar.training import checkpoint, folder
 from lookfar.training.train import Interrupted
@@ -296,6 +297,33 @@ def saved(place):
     return list(place.glob("checkpoints/*/hashes.json")) and "finished" not in checkpoint.read_manifest(place)
 
 
+def task(marks, together=(), deaths=None):
+    """A task in place of ours, which leaves a mark of each try.
+
+    It begins when the runs of `together` have, and is killed as soon as its run has saved in as many tries as `deaths`
+    tells of it. Ray carries a function inside a function to workers that do not know this file.
+    """
+
+    def work(content, place):
+        def kill():
+            while not list(saves.glob("*/hashes.json")):
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        run = Path(content["folder"])
+        mark, saves = marks / run.name, run / "checkpoints"
+        with mark.open("a") as file:
+            file.write("x")
+        while not all((marks / name).exists() for name in together):
+            time.sleep(0.01)
+        if len(mark.read_text()) <= (deaths or {}).get(run.name, 0):
+            threading.Thread(target=kill, daemon=True).start()
+        return on_ray._work(content, place)
+
+    marks.mkdir()
+    return work
+
+
 @pytest.mark.long
 def test_a_node_that_is_killed_in_the_midst_of_a_run_costs_nothing(a_study, tmp_path, monkeypatch):
     longer = a_study("training.updates=1200")
@@ -311,6 +339,7 @@ def test_a_node_that_is_killed_in_the_midst_of_a_run_costs_nothing(a_study, tmp_
         left = in_time(lambda: [name for name in names if not set(before[name]) & set(workers_in(place / name))])
         of_node.extend(left)
 
+    monkeypatch.setattr(on_ray, "_work", task(tmp_path / "marks", together=names))
     with a_cluster(monkeypatch, 1, 1) as (cluster, [other]), meanwhile(kill):  # each node has room for one run
         assert run_study(longer, place, Watching(), on="ray") == {}
     assert len(of_node) == 1
@@ -321,22 +350,16 @@ def test_a_node_that_is_killed_in_the_midst_of_a_run_costs_nothing(a_study, tmp_
 def test_a_local_cluster_is_started_and_a_worker_that_dies_is_begun_again_once(a_study, whole, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    pids = {"alibi-s3": [], "rope-s3": []}
-
-    def kill(name, times):
-        while len(pids[name]) < times:
-            (pid,) = in_time(lambda: [each for each in workers_in(tmp_path / name) if each not in pids[name]])
-            pids[name].append(pid)
-            os.kill(pid, signal.SIGKILL)
-
+    marks, place = tmp_path / "marks", tmp_path / "study"
+    monkeypatch.setattr(on_ray, "_work", task(marks, deaths={"alibi-s3": 1, "rope-s3": 2}))
     before = signal.getsignal(signal.SIGTERM)
-    with meanwhile(lambda: kill("alibi-s3", 1)), meanwhile(lambda: kill("rope-s3", 2)):
-        failed = run_study(a_study(), tmp_path, Watching(), on="ray")
+    failed = run_study(a_study(), place, Watching(), on="ray")
     assert failed == {"rope-s3": "Its worker died twice (WorkerCrashedError)."}
+    assert {mark.name: mark.read_text() for mark in marks.iterdir()} == {"alibi-s3": "xx", "rope-s3": "xx"}
     assert not ray.is_initialized() and signal.getsignal(signal.SIGTERM) is before
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert run_study(a_study(), tmp_path, Watching()) == {}
-    assert contents(tmp_path) == whole
+    assert run_study(a_study(), place, Watching()) == {}
+    assert contents(place) == whole
 
 
 class Broken:
