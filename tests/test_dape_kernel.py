@@ -16,7 +16,7 @@ import torch
 from lookfar.attention.scheme import build_scheme
 from lookfar.kernels import dape
 from lookfar.kernels.base import Call
-from lookfar.kernels.dape import Dape, intervals
+from lookfar.kernels.dape import Dape
 from test_kernels import SHAPES, call_of, scheme_of
 from test_laws import tensors
 
@@ -77,18 +77,6 @@ def test_nets_that_do_not_fit_are_refused():
 def test_without_triton_it_is_refused(monkeypatch):
     monkeypatch.setattr(dape.importlib.util, "find_spec", lambda name: None)
     assert Dape().refusal(build_scheme("dape_v1", heads=2), ON_GPU) == "Triton is not installed"
-
-
-@pytest.mark.parametrize("place", SHAPES)
-def test_the_keys_that_a_query_sees_are_told_by_the_first_and_the_last(place):
-    shape = SHAPES[place]
-    for sight in (shape.sight(), shape.sight().rows(0, 1), shape.sight().rows(0, 1, step=8)):
-        if sight.scattered:
-            continue
-        begins, ends = intervals(sight, shape.batch)
-        keys = torch.arange(sight.keys)
-        seen = (keys >= begins[..., None]) & (keys <= ends[..., None])
-        assert torch.equal(seen[:, None], sight.visible().expand(shape.batch, -1, -1, -1))
 
 
 @pytest.mark.parametrize("place", SHAPES)

@@ -1,5 +1,7 @@
 """Who sees whom, against a double loop; and the numbering of documents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -219,3 +221,17 @@ def test_sight_is_steady_where_distances_count_tokens():
     assert not Sight.causal(7, documents=interrupted, positions=consecutive(interrupted)).steady
     assert not Sight.slots(5, 2).steady
     assert Sight.causal(7, documents=documents, positions=consecutive(documents)).rows(2, 5).steady
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 5])
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_spans_hold_all_keys_that_are_seen_and_no_other(queries, window, ahead):
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [-1, -1, 0, 0, 0, 0, 0, 0], [0, 0, 2, 2, 2, -1, -1, -1]])
+    for told in ({}, {"documents": documents, "positions": consecutive(documents)}):
+        sight = replace(Sight.causal(8, queries=queries, window=window, **told), ahead=ahead)
+        for part in (sight, sight.rows(queries // 2, queries)):
+            first, last = part.spans()
+            keys = torch.arange(part.keys)
+            within = (keys >= first[..., None]) & (keys <= last[..., None])
+            assert torch.equal(within, part.visible()[:, 0])

@@ -18,7 +18,6 @@ from benchmarks.measure import peak_memory
 from lookfar import files
 from lookfar.attention import reference
 from lookfar.attention.scheme import build_scheme
-from lookfar.batch import consecutive
 from lookfar.kernels import compiled, dispatch, strips
 from lookfar.kernels.base import Call
 from lookfar.kernels.compiled import calls
@@ -86,19 +85,6 @@ def test_strips_are_as_exact_as_the_definition_in_every_shape(expression):
             continue  # its true gradient is zero
         of = [[each[what] for each in some] for some in (found, definition, true)]
         assert_as_good(*of, torch.float32, f"{what} of {expression}")
-
-
-@pytest.mark.parametrize("queries", [1, 3, 8])
-def test_starts_are_the_first_keys_that_are_seen(queries):
-    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [-1, -1, 0, 0, 0, 0, 0, 0]])
-    for window in (None, 1, 2, 5):
-        for told in ({}, {"documents": documents, "positions": consecutive(documents)}):
-            sight = Sight.causal(8, queries=queries, window=window, **told)
-            seen = sight.visible()[:, 0].int()
-            assert torch.equal(sight.starts().expand(len(seen), -1), seen.argmax(-1))
-            assert torch.equal(seen.sum(-1), torch.arange(8 - queries, 8) - sight.starts() + 1)
-            part = sight.rows(queries // 2, queries)
-            assert torch.equal(part.starts() + part.first_key, sight.starts()[:, queries // 2 :])
 
 
 @pytest.mark.parametrize("weights", [[0.0, 0.0, 0.0], [0.0, 2.0, -1.0], [1.0, 1.0, 1.0], [-3.0, 1e-30, 5.0]])
@@ -215,11 +201,11 @@ def test_the_operators_are_what_they_are_said_to_be():
     given = tensors(scheme, 20, 1, None, 0, torch.float32)
     with torch.no_grad():
         asked = strips.Asked(
-            *(given.queries, given.keys, given.values, sight.starts().int()),
+            *(given.queries, given.keys, given.values, sight.spans()[0].int()),
             *(torch.arange(2, dtype=torch.int32) for _ in range(2)),
             **strips._parts(sight, scheme),
         )
-        numbers = (0, scheme.scale, True)
+        numbers = (0, scheme.scale, True, 64)
         torch.library.opcheck(calls.FORWARD, (*numbers, list(asked)), test_utils="test_faketensor")
         output, tops, shares = calls.FORWARD(*numbers, list(asked))
         given = (*numbers, output[..., :8], output, tops, shares, list(asked))

@@ -262,14 +262,20 @@ class Sight:
             seen = seen | itself
         return seen[:, None]
 
-    def starts(self) -> Int[Tensor, "#b q"]:
-        """The first key that each query sees, counted among these keys; it sees all from there to itself.
+    def spans(self) -> tuple[Int[Tensor, "#b q"], Int[Tensor, "#b q"]]:
+        """The first and the last key that each query sees, counted among these keys; it sees all in between.
 
-        Holds for sights that are neither scattered, nor ahead, nor have slots.
+        Holds for sights that are neither scattered nor have slots.
         """
-        own = torch.arange(self.queries, device=self.key_positions.device)[None] + self.first_query - self.first_key
-        starts = torch.zeros_like(own) if self.window is None else (own - self.window + 1).clamp(min=0)
-        return starts if self.stretches is None else torch.maximum(self.stretches[0], starts)
+        before = self.first_query - self.first_key
+        own = torch.arange(before, before + self.queries, device=self.key_positions.device)[None]
+        first, last = torch.zeros_like(own), torch.full_like(own, self.keys - 1) if self.ahead else own
+        if self.window is not None:
+            first, last = torch.maximum(first, own - self.window + 1), torch.minimum(last, own + self.window - 1)
+        if self.stretches is not None:
+            begins, ends = self.stretches
+            first, last = torch.maximum(first, begins), torch.minimum(last, (ends + before)[:, own[0]])
+        return first, last
 
     def rows(self, start: int, stop: int, *, step: int = 1) -> "Sight":
         """The queries from `start` to `stop`, against only the keys that one of them can see by order and window.

@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -64,7 +64,7 @@ class Dape(Kernel):
                 high=high,
                 scale=scheme.scale,
             )
-            rows = intervals(sight, queries.shape[0])
+            rows = [each.expand(len(queries), -1).int().contiguous() for each in sight.spans()]
             return Attend.apply(queries, keys, values, table, sink, *_weights(net, plan.net), *rows, plan)
 
     def _strips(self, sight: Sight, batch: int) -> list[Strip]:
@@ -117,30 +117,6 @@ def _refused_call(call: Call) -> str | None:
     if call.device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton has no programs for the device {call.device}"
     return None
-
-
-def intervals(sight: Sight, batch: int) -> tuple[Int[Tensor, "b q"], Int[Tensor, "b q"]]:
-    """The first and the last key that each query sees, as indices. The sight is not scattered."""
-    device, keys = sight.key_positions.device, sight.keys
-    offset = sight.first_query - sight.first_key
-    places = torch.arange(offset, offset + sight.queries, device=device)[None]
-    begins, ends = torch.zeros_like(places), places.clone()
-    if sight.ahead:
-        ends = torch.full_like(places, keys - 1)
-    if sight.window is not None:
-        begins = torch.maximum(begins, places - sight.window + 1)
-        ends = torch.minimum(ends, places + sight.window - 1)
-    if sight.key_documents is not None:
-        documents, index = sight.key_documents, torch.arange(keys, device=device)
-        changes = F.pad((documents[:, 1:] != documents[:, :-1]), (1, 0), value=True)  # b k
-        starts = torch.where(changes, index, 0).cummax(1).values
-        stops = torch.where(changes, index, keys).flip(1).cummin(1).values.flip(1)  # of the next run, from its start on
-        stops = F.pad(stops[:, 1:], (0, 1), value=keys) - 1
-        own = places.expand(len(documents), -1)
-        alone = documents.gather(1, own) < 0
-        begins = torch.where(alone, own, torch.maximum(begins, starts.gather(1, own)))
-        ends = torch.where(alone, own, torch.minimum(ends, stops.gather(1, own)))
-    return tuple(each.expand(batch, -1).int().contiguous() for each in (begins, ends))  # type: ignore[return-value]  # two in, two out
 
 
 def _net(net: DapeV1 | DapeV2, scheme: Scheme) -> Net:

@@ -55,16 +55,21 @@ class Strips(Kernel):
         scheme: Scheme,
     ) -> Float[Tensor, "b h q v"]:
         with torch.autocast(queries.device.type, enabled=False):
-            first, keeps_bias = sight.first_query - sight.first_key, all(each.keeps_bias for each in scheme.maps)
-            heads = scheme.heads
+            heads, places = scheme.heads, [each.embedding.shape[1] for each in scheme.maps if isinstance(each, Cope)]
+            numbers = (
+                sight.first_query - sight.first_key,
+                scheme.scale,
+                all(each.keeps_bias for each in scheme.maps),
+                sum(places),  # of contextual positions; a scheme has one map at most
+            )
             asked = Asked(
                 *(each.float() for each in (queries, keys, values)),
-                start=sight.starts().int(),
+                start=sight.spans()[0].int(),
                 key_head=heads.keys_for_scores(_numbers(heads.key_heads)).flatten().int(),
                 value_head=heads.values_for_scores(_numbers(heads.value_heads)).flatten().int(),
                 **_parts(sight, scheme),
             )
-            output = _Attend.apply(first, scheme.scale, keeps_bias, *asked)[0]
+            output = _Attend.apply(numbers, *asked)[0]
             return output[..., : values.shape[-1]].to(values.dtype)
 
 
@@ -143,9 +148,7 @@ def _pieces(fire: Fire, sight: Sight, distances: Tensor, heads: Heads) -> dict[s
 
 def _embedding(cope: Cope, scale: float) -> dict[str, Tensor]:
     """CoPE's embedding for scaled queries, filled up to whole vectors."""
-    places = cope.embedding.shape[1]
-    padded = F.pad(cope.embedding / scale, (0, -places % SPARE))
-    return {"embedding": padded.float(), "places": torch.zeros(places, dtype=torch.int32)}
+    return {"embedding": F.pad(cope.embedding / scale, (0, -cope.embedding.shape[1] % SPARE)).float()}
 
 
 def _net(net: ScoreMap) -> dict[str, Tensor]:
@@ -167,19 +170,19 @@ class _Attend(torch.autograd.Function):
     """The compiled functions; the order of tensors is that of `Asked`."""
 
     @staticmethod
-    def forward(first: int, scale: float, keeps_bias: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return FORWARD(first, scale, keeps_bias, list(tensors))
+    def forward(numbers: tuple[int, float, bool, int], *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return FORWARD(*numbers, list(tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*output, *inputs[3:])
+        ctx.numbers, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.numbers = inputs[:3]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         output, tops, shares, *tensors = ctx.saved_tensors
         towards = gradients[0][..., : tensors[2].shape[-1]]
         found = BACKWARD(*ctx.numbers, towards, output, tops, shares, tensors)
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *(each if needed else None for each, needed in zip(found, wanted, strict=True))
+        wanted = ctx.needs_input_grad[1:]
+        return None, *(each if needed else None for each, needed in zip(found, wanted, strict=True))

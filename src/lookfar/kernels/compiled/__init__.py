@@ -29,8 +29,8 @@ OWN = "-mcpu=native" if platform.machine().startswith(("arm", "aarch")) else "-m
 POINTER, NUMBER, STEPS = c_void_p, c_int64, c_int64 * 3
 
 
-class Call(ctypes.Structure):
-    """What is asked for, field by field as in `call.h`."""
+class Request(ctypes.Structure):
+    """What is asked for, field by field as in `request.h`."""
 
     _fields_ = (
         *((name, NUMBER) for name in ("batch", "heads", "queries", "keys", "first", "width", "value_width")),
@@ -69,17 +69,17 @@ class Call(ctypes.Structure):
             setattr(self, name, value)
 
 
-FIELDS = {each[0] for each in Call._fields_}
+FIELDS = {each[0] for each in Request._fields_}
 _LOCK = threading.RLock()  # one thread compiles, the others wait
 
 
-def run(function: str, call: Call) -> None:
+def run(function: str, request: Request) -> None:
     """Call `lookfar_forward` or `lookfar_backward`.
 
     Raises:
         MemoryError: what a strip needs is more than there is.
     """
-    if getattr(library(), function)(call):
+    if getattr(library(), function)(request):
         raise MemoryError("There is not enough memory for strips of scores; make batches smaller.")
 
 
@@ -94,7 +94,7 @@ def refusal() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """The compiled functions `lookfar_forward` and `lookfar_backward`, each of which takes a pointer to a `Call`.
+    """The compiled functions `lookfar_forward` and `lookfar_backward`, each of which takes a pointer to a `Request`.
 
     Raises:
         Unavailable: there is no compiler, it fails, or the cache folder cannot be written.
@@ -118,11 +118,11 @@ def _library() -> ctypes.CDLL:
         found = ctypes.CDLL(str(file))
     except OSError as error:
         raise Unavailable(f"{file} cannot be written or loaded ({error.strerror or error})") from error
-    for name in ("forward", "backward", "lanes", "call_size"):
+    for name in ("forward", "backward", "lanes", "request_size"):
         getattr(found, f"lookfar_{name}").restype = c_int64
     for name in ("forward", "backward"):
-        getattr(found, f"lookfar_{name}").argtypes = (ctypes.POINTER(Call),)
-    assert found.lookfar_call_size() == ctypes.sizeof(Call), "call.h has other fields"
+        getattr(found, f"lookfar_{name}").argtypes = (ctypes.POINTER(Request),)
+    assert found.lookfar_request_size() == ctypes.sizeof(Request), "request.h has other fields"
     return found
 
 

@@ -1,6 +1,6 @@
 // Biases of one row: numbers that lie along diagonals, and straight pieces of a number that does.
 #pragma once
-#include "call.h"
+#include "request.h"
 
 // A row of one head: keys from `base` on, of which `from` to `to` (excluded) are seen; its own key is at `place`.
 struct Row {
@@ -8,7 +8,7 @@ struct Row {
 };
 
 template <class Piece>
-static void pieces_of(const Call& call, const Row& row, Piece piece) {
+static void pieces_of(const Request& call, const Row& row, Piece piece) {
     Int count = call.pieces;
     const int32_t* cuts = call.cuts + (row.batch * call.rate_step + row.query) * (count - 1);
     for (Int each = 0; each < count; ++each) {
@@ -21,7 +21,7 @@ static void pieces_of(const Call& call, const Row& row, Piece piece) {
 }
 
 // to[key - base] += the bias of every key that is seen; others may get anything finite.
-static void add_bias(const Call& call, const Row& row, float* to) {
+static void add_bias(const Request& call, const Row& row, float* to) {
     Int shift = call.keys - 1 - row.place;
     if (call.table) {
         const float* numbers = call.table + row.head * call.span + shift;
@@ -42,7 +42,7 @@ static void add_bias(const Call& call, const Row& row, float* to) {
 }
 
 // Adds the row's part to the gradients of table and pieces; `slice` is the [b, h] slice of this thread.
-static void bias_backward(const Call& call, const Row& row, const float* gradient, Int slice) {
+static void bias_backward(const Request& call, const Row& row, const float* gradient, Int slice) {
     Int shift = call.keys - 1 - row.place;
     if (call.table) {
         float* numbers = call.table_gradient + slice * call.span + shift;

@@ -31,10 +31,9 @@ class Asked(NamedTuple):
     rate: Float[Tensor, "#b q"] | None = None
     cuts: Int32[Tensor, "#b q c"] | None = None  # the distances at which each but the first piece begins
     embedding: Float[Tensor, "e w"] | None = None  # of contextual positions, for scaled queries; w whole vectors
-    places: Int32[Tensor, " c"] | None = None  # as many numbers as there are contextual positions
-    first_weight: Float[Tensor, "c i t"] | None = None  # of a net over heads; i = h or, with biases, 2 h channels
-    first_bias: Float[Tensor, " c"] | None = None
-    second_weight: Float[Tensor, "h c t"] | None = None
+    first_weight: Float[Tensor, "u i t"] | None = None  # of a net over heads: i is h or, with biases, 2 h
+    first_bias: Float[Tensor, " u"] | None = None
+    second_weight: Float[Tensor, "h u t"] | None = None
     second_bias: Float[Tensor, " h"] | None = None
 
 
@@ -47,17 +46,17 @@ def _no_second(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError("The second derivative of strips is not implemented; ask for kernel='reference'.")
 
 
-NUMBERS = "int first, float scale, bool keeps_bias"
+NUMBERS = "int first, float scale, bool keeps_bias, int places"
 FORWARD = torch.library.custom_op(
     "lookfar::strips_forward",
-    lambda first, scale, keeps_bias, tensors: _forward(first, scale, keeps_bias, asked_of(tensors)),
+    lambda first, scale, keeps_bias, places, tensors: _forward(first, scale, keeps_bias, places, asked_of(tensors)),
     mutates_args=(),
     schema=f"({NUMBERS}, Tensor?[] tensors) -> (Tensor, Tensor, Tensor)",
 )
 BACKWARD = torch.library.custom_op(
     "lookfar::strips_backward",
-    lambda first, scale, keeps_bias, gradient, output, tops, shares, tensors: _backward(
-        first, scale, keeps_bias, gradient, output, tops, shares, asked_of(tensors)
+    lambda first, scale, keeps_bias, places, gradient, output, tops, shares, tensors: _backward(
+        first, scale, keeps_bias, places, gradient, output, tops, shares, asked_of(tensors)
     ),
     mutates_args=(),
     schema=f"({NUMBERS}, Tensor gradient, Tensor output, Tensor tops, Tensor shares, Tensor?[] tensors) -> Tensor[]",
@@ -65,7 +64,9 @@ BACKWARD = torch.library.custom_op(
 
 
 @FORWARD.register_fake
-def _(first: int, scale: float, keeps_bias: bool, tensors: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    first: int, scale: float, keeps_bias: bool, places: int, tensors: list[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor]:
     return _results(asked_of(tensors))
 
 
@@ -74,6 +75,7 @@ def _(
     first: int,
     scale: float,
     keeps_bias: bool,
+    places: int,
     gradient: Tensor,
     output: Tensor,
     tops: Tensor,
@@ -92,11 +94,11 @@ def _results(asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     return output, asked.queries.new_empty(shape), asked.queries.new_empty(shape)
 
 
-def _forward(first: int, scale: float, keeps_bias: bool, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(first: int, scale: float, keeps_bias: bool, places: int, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs `[b h q v]`, v filled up to whole vectors; `[b h q]`, the largest score and 1 / Σ e^(score - largest)."""
     asked = _laid_out(asked)
     output, tops, shares = _results(asked)
-    call = _call(first, scale, keeps_bias, asked)
+    call = _call(first, scale, keeps_bias, places, asked)
     call.set(output=output, tops=tops, shares=shares)
     compiled.run("lookfar_forward", call)
     return output, tops, shares
@@ -106,6 +108,7 @@ def _backward(
     first: int,
     scale: float,
     keeps_bias: bool,
+    places: int,
     gradient: Float[Tensor, "b h q v"],
     output: Tensor,
     tops: Tensor,
@@ -138,7 +141,7 @@ def _backward(
     for name in ("first_weight", "first_bias", "second_weight", "second_bias"):
         if (each := getattr(asked, name)) is not None:
             found[name] = zeros(parts, *each.shape)
-    call = _call(first, scale, keeps_bias, asked)
+    call = _call(first, scale, keeps_bias, places, asked)
     call.set(output=output, tops=tops, shares=shares, gradient=gradient, parts=parts)
     plural = {"queries": "query", "keys": "key", "values": "value"}
     call.set(**{f"{plural.get(name, name)}_gradient": each for name, each in found.items()})
@@ -160,10 +163,10 @@ def _laid_out(asked: Asked) -> Asked:
     return asked_of([*rows, *(None if each is None else each.contiguous() for each in asked[3:])])
 
 
-def _call(first: int, scale: float, keeps_bias: bool, asked: Asked) -> compiled.Call:
+def _call(first: int, scale: float, keeps_bias: bool, places: int, asked: Asked) -> compiled.Request:
     batch, heads, queries, width = asked.queries.shape
     keys, value_width = asked.values.shape[2:]
-    call = compiled.Call(batch=batch, heads=heads, queries=queries, keys=keys, first=first, width=width)
+    call = compiled.Request(batch=batch, heads=heads, queries=queries, keys=keys, first=first, width=width)
     call.set(
         value_width=value_width,
         key_heads=asked.keys.shape[1],
@@ -193,8 +196,8 @@ def _call(first: int, scale: float, keeps_bias: bool, asked: Asked) -> compiled.
         call.set(slope=asked.slope, offset=asked.offset, rise=asked.rise, rate=asked.rate, cuts=asked.cuts)
         call.set(span=len(asked.rise), pieces=asked.slope.shape[1])
         call.set(rate_step=queries if len(asked.rate) > 1 else 0)
-    if asked.embedding is not None and asked.places is not None:
-        call.set(embedding=asked.embedding, places=len(asked.places), place_step=asked.embedding.shape[1])
+    if asked.embedding is not None:
+        call.set(embedding=asked.embedding, places=places, place_step=asked.embedding.shape[1])
     if asked.first_weight is not None:
         hidden, channels, taps = asked.first_weight.shape
         call.set(hidden=hidden, taps=taps, inputs=channels // heads, first_weight=asked.first_weight)

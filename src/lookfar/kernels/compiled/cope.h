@@ -9,7 +9,7 @@ struct Cope {
     Int reached = 0;                         // how many those are
 
     // scores[key - base] += the product with the embedding of the key's place, which `products` holds for whole places.
-    void forward(const Call& call, const Row& row, const float* products, float* scores, const float* raw) {
+    void forward(const Request& call, const Row& row, const float* products, float* scores, const float* raw) {
         Int seen = row.to - row.from, last = call.places - 1;
         gates.resize(up(seen, LANES));
         parts.resize(up(seen, LANES));
@@ -48,7 +48,7 @@ struct Cope {
     }
 
     // Adds to the gradient of the raw scores what comes through the gates, and to that of the products.
-    void backward(const Call& call, const Row& row, float* gradient, float* products) {
+    void backward(const Request& call, const Row& row, float* gradient, float* products) {
         Int last = call.places - 1, stop = row.to - reached, key = row.from;
         Vector many{};
         float beyond = 0, through = 0;

@@ -10,14 +10,14 @@ constexpr Int COLUMNS = 512;  // keys at a time
 constexpr Int MARGIN = 16;    // zeros around a row, at least the reach of the taps and a vector
 
 struct Net {
-    const Call& call;
+    const Request& call;
     Int reach, channels, span;
     std::vector<float> seen, change, kept, first_flipped, second_flipped;  // seen: [channels, span], rows with margins
     std::vector<const float*> rows, left, right;
     std::vector<Vector> first_sums, second_sums;
     std::vector<double> first_biases, second_biases;
 
-    Net(const Call& call, Int columns)
+    Net(const Request& call, Int columns)
         : call(call), reach(call.taps / 2), channels(call.heads * call.inputs),
           span(columns + 2 * PANEL + 2 * MARGIN) {
         seen.assign(channels * span, 0);

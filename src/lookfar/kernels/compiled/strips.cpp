@@ -8,7 +8,7 @@ namespace {
 // What one thread holds.
 struct Hand {
     const Work& work;
-    const Call& call;
+    const Request& call;
     Int maps;  // heads that are computed together
     Memory raw, weights, gradients, queries, towards, products, biases;
     std::unique_ptr<Net> net;
@@ -278,7 +278,7 @@ struct Backward : Hand {
     }
 };
 
-void forward(const Call& call) {
+void forward(const Request& call) {
     Work work(call, false);
     Int maps = call.coupled() ? 1 : call.heads;
     std::vector<Strip> strips = work.strips(call.coupled() ? 2 * NUMBERS / call.heads : NUMBERS);
@@ -293,7 +293,7 @@ void forward(const Call& call) {
     });
 }
 
-void backward(const Call& call) {
+void backward(const Request& call) {
     Work work(call, true);
     if (call.coupled()) {  // strips by turns, so that what a thread adds up does not depend on its speed
         std::vector<Strip> strips = work.strips(2 * NUMBERS / call.heads);
@@ -318,7 +318,7 @@ void backward(const Call& call) {
 }
 
 // 0, or 1 where there is not enough memory.
-Int tried(void (*function)(const Call&), const Call* call) {
+Int tried(void (*function)(const Request&), const Request* call) {
     try {
         function(*call);
         return 0;
@@ -331,8 +331,8 @@ Int tried(void (*function)(const Call&), const Call* call) {
 
 extern "C" Int lookfar_lanes() { return LANES; }
 
-extern "C" Int lookfar_call_size() { return sizeof(Call); }
+extern "C" Int lookfar_request_size() { return sizeof(Request); }
 
-extern "C" Int lookfar_forward(const Call* call) { return tried(forward, call); }
+extern "C" Int lookfar_forward(const Request* call) { return tried(forward, call); }
 
-extern "C" Int lookfar_backward(const Call* call) { return tried(backward, call); }
+extern "C" Int lookfar_backward(const Request* call) { return tried(backward, call); }

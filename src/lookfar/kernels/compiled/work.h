@@ -49,11 +49,11 @@ struct Strip {
 };
 
 struct Work {
-    const Call& call;
+    const Request& call;
     Packed keys, values;
     Int padded, value_padded;
 
-    Work(const Call& call, bool backward)
+    Work(const Request& call, bool backward)
         : call(call),
           keys(call.batch * call.key_heads, call.keys, call.width, backward, true),
           values(call.batch * call.value_heads, call.keys, call.value_width, !backward, backward),

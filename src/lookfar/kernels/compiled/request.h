@@ -1,8 +1,8 @@
-// What is asked for: the fields are those of `Call` in __init__.py, in their order.
+// What is asked for: the fields are those of `Request` in __init__.py, in their order.
 #pragma once
 #include "vectors.h"
 
-struct Call {
+struct Request {
     Int batch, heads, queries, keys;  // heads: of scores
     Int first;                        // the place of the first query among the keys
     Int width, value_width, key_heads, value_heads, threads;
