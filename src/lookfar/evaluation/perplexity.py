@@ -20,7 +20,7 @@ from lookfar.model.decoder import Decoder
 from lookfar.model.numbering import find
 from lookfar.model.packed import pack
 
-TOGETHER = {"cpu": 1 << 11, "cuda": 1 << 16}  # tokens of the windows that are read at once: what caches hold
+TOGETHER = {"cpu": 1 << 12, "cuda": 1 << 16}  # tokens of the windows that are read at once: what caches hold
 LOGITS = 1 << 20  # entries of the logits that are held at once
 
 
