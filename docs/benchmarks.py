@@ -99,7 +99,7 @@ def chart(rows: list[Row]) -> alt.VConcatChart:
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     ways = ["lookfar", *sorted({row["implementation"] for row in rows} - {"lookfar"})]
     ratios = [row["ratio_to_causal"] for row in rows]
-    scale = alt.Scale(type="log", domain=[min([0.9, *ratios]), max(ratios) * 1.1], nice=False)
+    scale = alt.Scale(type="log", domain=[min([0.9, *ratios]) / 1.1, max(ratios) * 1.1], nice=False)
     y = alt.Y("scheme:N", title=None, sort=schemes, axis=alt.Axis(labelLimit=200))
     colour = alt.Color(
         "by:N",
