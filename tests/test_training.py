@@ -660,8 +660,12 @@ def test_the_split_that_is_named_is_measured(a_run, tmp_path):
     valid = values(evaluate_run(tmp_path / "one"))
     train(a_run("evaluation.split=test"), tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
-    assert values(evaluate_run(tmp_path / "two")).keys() == valid.keys()
-    assert values(evaluate_run(tmp_path / "two")) != valid
+    test = values(evaluate_run(tmp_path / "two"))
+    assert test.keys() == valid.keys() and test != valid
+    changed = run_whole(a_run("evaluation.split=test"), tmp_path / "one")  # a folder that has the other's rows
+    assert values(changed) == test
+    labels = {row["data"] for row in files.read_lines(tmp_path / "one" / "rows.jsonl") if row["metric"] == "perplexity"}
+    assert len(labels) == 2 and {label.endswith(", test") for label in labels} == {True, False}
 
 
 def test_a_run_is_measured_at_other_lengths_in_other_protocols(a_run, tmp_path):

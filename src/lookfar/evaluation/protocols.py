@@ -63,8 +63,8 @@ def non_overlapping(predicted: int, length: int, starts: Sequence[int]) -> list[
 def sliding(predicted: int, length: int, starts: Sequence[int], *, stride: Count | None = None) -> list[Window]:
     """Windows that move by `stride`, by default half the length, and score only what none before has scored.
 
-    So every token has at least length - stride tokens of context, but for those of the first window. The last window
-    is as long as the others and ends with the stream.
+    So every token has at least length - stride tokens of context, but for those of the first window. A ragged last
+    window begins where a whole one would; with a stride of the length these are the windows of `non_overlapping`.
     """
     stride = max(1, length // 2) if stride is None else stride
     if stride > length:
@@ -75,7 +75,7 @@ def sliding(predicted: int, length: int, starts: Sequence[int], *, stride: Count
     windows = [Window(0, first, first)]
     for done in range(first, predicted, stride):
         scored = min(stride, predicted - done)
-        windows.append(Window(done + scored - length, length, scored))
+        windows.append(Window(done + stride - length, length - stride + scored, scored))
     return windows
 
 

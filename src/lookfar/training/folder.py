@@ -108,8 +108,8 @@ def trim_log(folder: Path, update: int) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    parts = ("scheme", "data", "protocol", "numbering", "length", "metric", "count", "of", "to", "update", "checkpoint")
-    return tuple(row.get(part) for part in parts)
+    of_what = ("run", "scheme", "data", "protocol", "numbering", "length", "metric", "count", "of", "to")
+    return tuple(row.get(part) for part in (*of_what, "update", "checkpoint"))
 
 
 def _is_free(key: str) -> bool:

@@ -139,8 +139,9 @@ def about(run: Run, folder: Path) -> Row:
 
 
 def text_of(corpus: Corpus, split: Split) -> Text:
-    """A split of the first text of a corpus as a stream to measure on."""
-    return as_text(corpus.tokens(split), corpus.tokenizer, corpus.texts[0].label)
+    """A split of the first text of a corpus as a stream to measure on; its label names a split other than `valid`."""
+    label = corpus.texts[0].label
+    return as_text(corpus.tokens(split), corpus.tokenizer, label if split == "valid" else f"{label}, {split}")
 
 
 def as_text(tokens: np.ndarray | Stream, tokenizer: Tokenizer, label: str) -> Text:
