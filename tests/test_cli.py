@@ -280,6 +280,16 @@ def test_a_sight_that_cannot_be_is_told(asked, message, monkeypatch, capsys):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+def test_explain_answers_for_decoding_and_for_a_gpu_that_is_not_here(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "explain", "cope", "--length", "2048", "--queries", "1", "--inference")
+    assert code == 0 and "the last 1 of 2,048 tokens" in out
+    assert ["chunked", "taken"] in [line.split() for line in out.splitlines()]
+    code, out, _ = run(monkeypatch, capsys, "explain", "kerple", "--device", "cuda", "--dtype", "float16")
+    assert code == 0 and "float16, cuda" in out
+    code, _, err = run(monkeypatch, capsys, "explain", "kerple", "--length", "8", "--queries", "9")
+    assert code == 2 and "9 queries are more than the 8 tokens" in err
+
+
 def test_explain_names_the_kernel_and_each_refusal(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "explain", "kerple + dape_v2", "--length", "2048")
     assert code == 0 and "taken" in out and "rewrites the scores" in out

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lookfar.errors import UserError
 from lookfar.evaluation.perplexity import Perplexity
 from lookfar.evaluation.protocols import find
 from lookfar.interop import hugging_face
+from lookfar.training.folder import claim
 
 transformers = pytest.importorskip("transformers")
 TEXT = "the weather of the theatre,\tüber alles 3 €\n\nand  more of it: 東京 one two\n" * 3
@@ -51,6 +54,15 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("llama")
     llama(place)
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A model of 16 learned positions."""
+    place = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    save(transformers.GPT2LMHeadModel(config), place)
     return place
 
 
@@ -211,10 +223,8 @@ def test_a_model_that_cannot_make_the_last_logits_alone_is_measured_all_the_same
         assert measure(old, text, 7, protocol)["loss"]["value"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_learned_table_ends_and_a_rotation_does_not(tmp_path, loaded):
-    config = transformers.GPT2Config(vocab_size=300, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    save(transformers.GPT2LMHeadModel(config), tmp_path)
-    model = hugging_face.load(str(tmp_path), device="cpu")[0]
+def test_a_learned_table_ends_and_a_rotation_does_not(table, loaded):
+    model = hugging_face.load(str(table), device="cpu")[0]
     assert (model.farthest, loaded[0].farthest) == (16, None)
     assert math.isfinite(measure(model, loaded[1], 16, "non_overlapping")["loss"]["value"])
     with pytest.raises(UserError, match="Length 17 lies beyond the learned table of 16"):
@@ -230,13 +240,172 @@ def test_the_command_measures_a_folder_and_writes_the_rows(folder, tmp_path, mon
         cli.main()
     assert not left.value.code, capsys.readouterr().err
     assert "last(k=4)" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path)
     assert {(row["scheme"], row["context"], row["length"]) for row in rows} == {("llama", 16, 8), ("llama", 16, 32)}
     found = {row["metric"]: row for row in rows if row["length"] == 8}
     assert {row["metric"] for row in rows} == {*("loss", "perplexity", "bits_per_byte", "word_perplexity", "loss_at")}
     model, tokenizer = hugging_face.load(str(folder), device="cpu")
     text = hugging_face.encode(tokenizer, folder / "text.txt")
     assert found["loss"]["value"] == measure(model, text, 8, "last(k=4)")["loss"]["value"]
+
+
+def read_rows(place):
+    return [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "lengths", "answer"),
+    [
+        (["non_overlapping", "slidng"], [8], "No protocol is named 'slidng'"),
+        (["non_overlapping", "sliding(stride=9)"], [16, 8], "A stride of 9 would skip tokens of windows of 8"),
+        (["non_overlapping"], [8, 0], "A length of 0 tokens cannot be evaluated"),
+    ],
+)
+def test_what_cannot_be_cut_is_told_before_the_model_is_loaded(wanted, lengths, answer, tmp_path):
+    with pytest.raises(UserError, match=re.escape(answer)):
+        hugging_face.evaluate(str(tmp_path / "nowhere"), data="nowhere.txt", lengths=lengths, wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "answer"),
+    [
+        ([8, 17], ["non_overlapping"], "Length 17 lies beyond the learned table of 16"),
+        ([16], ["non_overlapping", "non_overlapping(bos=true)"], "evaluate at most 15"),
+    ],
+)
+def test_what_lies_beyond_a_learned_table_is_told_before_anything_is_measured(lengths, wanted, answer, table, folder):
+    measured = []
+    given = {"data": folder / "text.txt", "device": "cpu", "progress": lambda *told: measured.append(told)}
+    with pytest.raises(UserError, match=answer):
+        hugging_face.evaluate(str(table), lengths=lengths, wanted=wanted, **given)
+    assert not measured
+
+
+def test_a_token_that_begins_a_text_is_missed_before_anything_is_measured(folder, tmp_path):
+    mute = tmp_path / "mute"
+    shutil.copytree(folder, mute)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(mute)
+    wanted, measured = ["non_overlapping", "non_overlapping(bos=true)"], []
+    given = {"data": folder / "text.txt", "device": "cpu", "progress": lambda *told: measured.append(told)}
+    with pytest.raises(UserError, match="no token that begins a text"):
+        hugging_face.evaluate(str(mute), lengths=[8], wanted=wanted, **given)
+    assert not measured
+
+
+def test_rows_are_written_length_by_length_into_a_folder_that_is_held(folder, tmp_path):
+    seen = []
+
+    def look(what, part):
+        with pytest.raises(UserError, match="Another process works in"), claim(tmp_path):
+            pass
+        written = {row["length"] for row in read_rows(tmp_path)} if (tmp_path / "rows.jsonl").exists() else set()
+        seen.append((what, written))
+
+    given = {"data": folder / "text.txt", "wanted": ["non_overlapping"], "folder": tmp_path, "device": "cpu"}
+    rows = hugging_face.evaluate(str(folder), lengths=[8, 13], progress=look, **given)
+    assert dict(reversed(seen)) == {
+        "non_overlapping at 8": set(),
+        "non_overlapping at 13": {8},
+    }
+    assert read_rows(tmp_path) == rows
+    with claim(tmp_path):
+        pass
+
+
+def test_rows_of_two_models_in_one_folder_stay(folder, tmp_path):
+    other = tmp_path / "other"
+    llama(other, rms_norm_eps=1e-2)
+    given = {"data": folder / "text.txt", "lengths": [8], "wanted": ["non_overlapping"], "device": "cpu"}
+    rows = [row for each in (folder, other) for row in hugging_face.evaluate(str(each), folder=tmp_path, **given)]
+    assert read_rows(tmp_path) == rows
+    assert {row["run"] for row in rows} == {str(folder), str(other)}
+
+
+def reload(place):
+    return hugging_face.load(str(place), device="cpu")[0]
+
+
+def test_dynamic_frequencies_are_those_of_the_window_whatever_was_read_before(loaded, tmp_path):
+    llama(tmp_path, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0})
+    model = reload(tmp_path)
+    asked = [(24, "sliding(stride=12)"), (48, "non_overlapping"), (16, "non_overlapping")]
+    alone = {each: measure(reload(tmp_path), loaded[1], *each) for each in asked}
+    for each in (*asked, *asked[::-1]):
+        assert measure(model, loaded[1], *each) == alone[each]
+    tokens = torch.arange(48)[None]
+    with torch.no_grad():
+        model.states(tokens)
+        grown = model.model(input_ids=tokens[:, :24]).logits[0]  # what transformers does by itself
+        assert not torch.equal(model.logits(model.states(tokens[:, :24])[0]), grown)
+
+
+def test_dynamic_frequencies_of_a_kind_of_layers_are_those_of_the_window_too(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    kinds = ["sliding_attention", "full_attention"]
+    ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": dynamic}
+    more = {"max_position_embeddings": 16, "sliding_window": 64, "layer_types": kinds, "rope_parameters": ropes}
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads, **more))
+    save(model, tmp_path)
+    model, tokens = reload(tmp_path), torch.arange(48)[None]
+    with torch.no_grad():
+        alone = reload(tmp_path).states(tokens[:, :24])
+        assert not torch.equal(model.states(tokens)[:, :24], alone)
+        assert torch.equal(model.states(tokens[:, :24]), alone)
+
+
+def test_a_table_that_is_no_module_is_told_by_its_end(folder, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+    save(transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes)), tmp_path)
+    given = {"data": folder / "text.txt", "folder": tmp_path / "rows", "device": "cpu"}
+    with pytest.raises(UserError, match="cannot read 32 tokens at once, more than its context of 16: index"):
+        hugging_face.evaluate(str(tmp_path), lengths=[16, 32], wanted=["non_overlapping"], **given)
+    assert {row["length"] for row in read_rows(tmp_path / "rows")} == {16}
+    with pytest.raises(UserError, match="cannot read 17 tokens at once"):
+        hugging_face.evaluate(str(tmp_path), lengths=[16], wanted=["non_overlapping(bos=true)"], **given)
+
+
+@pytest.mark.parametrize(
+    ("length", "error"),
+    [
+        (32, torch.OutOfMemoryError("CUDA out of memory.")),
+        (32, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")),
+        (16, RuntimeError("shapes do not fit")),
+    ],
+)
+def test_what_the_context_does_not_explain_is_not_put_down_to_it(length, error, folder, monkeypatch):
+    def fail(*given, **named):
+        raise error
+
+    monkeypatch.setattr(hugging_face.Perplexity, "measure", fail)
+    with pytest.raises(RuntimeError) as told:
+        hugging_face.evaluate(str(folder), data=folder / "text.txt", lengths=[length], device="cpu")
+    assert told.value is error
+
+
+def test_a_model_that_sees_what_follows_is_refused(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    more = {"num_attention_heads": 2, "max_position_embeddings": 16}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, **more))
+    with pytest.raises(UserError, match="bert sees what follows"):
+        hugging_face.CausalModel(model, "bert")
+    save(model, tmp_path)
+    with pytest.raises(UserError, match="its loss is no perplexity"):
+        hugging_face.load(str(tmp_path), device="cpu")
+    causal = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, **more, is_decoder=True))
+    assert hugging_face.CausalModel(causal, "bert").farthest == 16
+
+
+def test_a_context_of_few_tokens_is_tried_out_within_it(tmp_path):
+    config = transformers.GPT2Config(vocab_size=300, n_positions=3, n_embd=16, n_layer=1, n_head=2)
+    save(transformers.GPT2LMHeadModel(config), tmp_path)
+    assert hugging_face.load(str(tmp_path), device="cpu")[0].farthest == 3
 
 
 @pytest.mark.parametrize(
@@ -264,3 +433,29 @@ def test_a_missing_library_is_told_with_its_remedy(monkeypatch):
 def test_a_folder_that_holds_no_model_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot be read as a causal model"):
         hugging_face.load(str(Path(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "answer"),
+    [
+        ("weights", "Error while deserializing header"),
+        ({"hidden_size": "x"}, r"'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+        ({"hidden_act": "nonesuch"}, "KeyError 'nonesuch'"),
+    ],
+)
+def test_a_model_that_is_spoilt_is_told_in_one_sentence(spoil, answer, folder, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "spoilt"
+    shutil.copytree(folder, place)
+    if spoil == "weights":
+        whole = (place / "model.safetensors").read_bytes()
+        (place / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    else:
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, **spoil}))
+    words = ["lookfar", "evaluate", f"hf:{place}", "--data", str(folder / "text.txt"), "--lengths", "8"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and "Traceback" not in told
+    assert re.search(f"cannot be read as a causal model of transformers: .*{answer}", told)

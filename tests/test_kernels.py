@@ -19,7 +19,8 @@ from lookfar.errors import UserError
 from lookfar.kernels import compiled, sdpa, square
 from lookfar.kernels.base import Call
 from lookfar.kernels.chunked import Chunked
-from lookfar.kernels.dispatch import preference
+from lookfar.kernels.dispatch import choose, preference
+from lookfar.kernels.strips import Strips
 from lookfar.sight import Sight
 from test_laws import ALONE, CHOICES, PAIRS, one_thread, randomised, tensors  # noqa: F401  # the fixture works by its name
 from tolerance import assert_as_good, assert_near
@@ -424,6 +425,14 @@ def test_smaller_chunks_for_more_heads_and_longer_rows():
     rows = [chunked.rows(maps, Sight.causal(tokens)) for maps, tokens in ((2, 512), (8, 512), (8, 4096), (8, 1 << 20))]
     assert rows == sorted(rows, reverse=True) and rows[-1] == 16
     assert all(each & (each - 1) == 0 for each in rows)
+
+
+@pytest.mark.parametrize("expression", ["nope", "kerple", "cope", "dape_v2"])
+def test_strips_are_not_laid_out_for_a_few_queries(expression):
+    scheme = build_scheme(expression, heads=2, head_width=8)
+    for queries in (1, 2, 7):
+        assert not isinstance(choose(scheme, Call(queries=queries, keys=4096, gradients=False)), Strips)
+    assert isinstance(choose(scheme, Call(queries=64, keys=4096, gradients=False)), Strips)
 
 
 # Who takes a call

@@ -475,3 +475,15 @@ def test_positions_that_repeat_or_run_backwards_hide_nothing():
     counted, given = consecutive(documents), torch.randint(0, 5, (2, T), generator=torch.Generator().manual_seed(2))
     expected = model(tokens, documents=documents, positions=counted)
     assert_near(model(tokens, documents=documents, positions=given), expected)
+
+
+@pytest.mark.parametrize("expression", ["nope", "kerple", "cope", "dape_v2"])
+def test_a_batch_of_nothing_gives_nothing(expression):
+    scheme = build_scheme(expression, heads=2, head_width=8)
+    given = [torch.zeros(0, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    sight, taken = Sight.causal(40), 0
+    for kernel in (*willing(scheme, sight, *given).values(), Chunked(entries=1, whole=0)):
+        output = kernel.attend(*given, sight, scheme)
+        assert output.shape == (0, 2, 40, 8)
+        taken += all(each.shape == given[0].shape for each in torch.autograd.grad(output.sum(), given))
+    assert taken >= 2

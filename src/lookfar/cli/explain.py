@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from lookfar.errors import UserError
+
 
 def add(app: typer.Typer) -> None:
     """Put the verb into the command."""
@@ -15,22 +17,26 @@ def explain(
     heads: Annotated[int, typer.Option(min=1)] = 8,
     head_width: Annotated[int, typer.Option(min=1)] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 512,
+    queries: Annotated[int | None, typer.Option(min=1, help="How many of the last tokens ask: 1 in decoding.")] = None,
     batch: Annotated[int, typer.Option(min=1)] = 1,
-    dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option()] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16", "float64"], typer.Option()] = "float32",
     window: Annotated[int | None, typer.Option(min=1, help="Tokens that a query sees.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Tokens to be predicted at once, after the text.")] = 0,
     inference: Annotated[bool, typer.Option("--inference", help="Without gradients.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …; it need not be here.")] = "auto",
 ) -> None:
     """Show how a scheme is computed."""
+    import torch
+
     from lookfar.attention.scheme import build_scheme
     from lookfar.cli.tables import show
     from lookfar.kernels import Call
     from lookfar.kernels import explain as ask
-    from lookfar.model.attention import cast
     from lookfar.model.catalogue import KINDS
     from lookfar.model.decoder import device_of
 
+    if queries is not None and queries > length:
+        raise UserError(f"{queries} queries are more than the {length} tokens; ask for fewer.")
     built = build_scheme(scheme, heads=heads, head_width=head_width, context=length)
     counts = built.heads
     typer.echo(
@@ -42,10 +48,11 @@ def explain(
         for base, words in KINDS.items()
     ]
     show(("stage", "methods"), stages)
+    asking = length if queries is None else queries
     call = Call(
-        device=device_of(device).type,
-        dtype=cast(dtype),
-        queries=length + slots,
+        device="cuda" if device.startswith("cuda") else device_of(device).type,
+        dtype=getattr(torch, dtype),
+        queries=asking + slots,
         keys=length + slots,
         batch=batch,
         gradients=not inference,
@@ -60,4 +67,5 @@ def explain(
         for name, refusal in answers
     ]
     purpose = "inference" if inference else "training"
-    show(("kernel", "answer"), lines, f"{purpose}, batch {batch}, {length:,} tokens, {dtype}, {call.device}")
+    tokens = f"{length:,} tokens" if asking == length else f"the last {asking:,} of {length:,} tokens"
+    show(("kernel", "answer"), lines, f"{purpose}, batch {batch}, {tokens}, {dtype}, {call.device}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -21,8 +21,10 @@ from lookfar.errors import UserError
 from lookfar.evaluation import protocols
 from lookfar.evaluation.base import Progress, Row, Text
 from lookfar.evaluation.perplexity import Perplexity
+from lookfar.evaluation.protocols import Protocol
 from lookfar.model.decoder import device_of
 from lookfar.training import folder as run_folder
+from lookfar.training.memory import TEXTS
 
 PREFIX = "hf:"
 PARTS = ("bytes", "within", "opens", "closes")  # of a spelling, a number for each token
@@ -32,16 +34,20 @@ class CausalModel:
     """A causal model of transformers that answers what a measurement asks."""
 
     def __init__(self, model: Any, name: str) -> None:
-        """Take a model of transformers, in the type that it has; `name` is for errors."""
+        """Take a model of transformers, in the type that it has; `name` is for errors.
+
+        Raises:
+            UserError: the model sees what follows a token, so that its loss is no perplexity.
+        """
         self.model, self.name = model.eval(), name
         settings = model.config.get_text_config()
         self.vocabulary: int = settings.vocab_size
         self.farthest = _farthest(model, getattr(settings, "max_position_embeddings", None))
         self.context: int = getattr(settings, "max_position_embeddings", None) or 0
         self.keeps = "logits_to_keep" in signature(model.forward).parameters  # can make the last logits alone
+        self.rotations = _rotations(model)
         self.head: nn.Module | None = model.get_output_embeddings()
-        if model.base_model is model or not self._head_is_all():
-            self.head = None
+        self._try_out()
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +71,7 @@ class CausalModel:
         if positions is not None:
             raise UserError(f"{self.name} numbers its tokens itself; measure it with consecutive positions.")
         last = tokens.shape[1] if last is None else last
+        self._forget_lengths()
         if self.head is None:
             kept = {"logits_to_keep": last} if self.keeps else {}
             return self.model(input_ids=tokens, use_cache=False, **kept).logits[:, -last:]
@@ -75,13 +82,30 @@ class CausalModel:
         return states if self.head is None else self.head(states)
 
     @torch.inference_mode()
-    def _head_is_all(self) -> bool:
-        """Whether logits are the last hidden states times a matrix, with no scale or cap: tried out, not assumed."""
-        if self.head is None:
-            return False
-        tokens = torch.arange(min(5, self.vocabulary), device=self.device)[None]
+    def _try_out(self) -> None:
+        """Read a few tokens: refuse a model that looks ahead; keep the head where logits are states times it alone."""
+        tokens = torch.arange(min(5, self.vocabulary, self.context or 5), device=self.device)[None]
         whole = self.model(input_ids=tokens, use_cache=False).logits
-        return torch.equal(self.logits(self.states(tokens)[0]), whole[0])
+        changed = tokens.clone()
+        changed[:, -1] = 0
+        other = self.model(input_ids=changed, use_cache=False).logits
+        rounding = torch.finfo(whole.dtype).eps ** 0.5 * whole.abs().max()  # experts may read tokens in another order
+        if ((whole - other)[:, :-1].abs() > rounding).any():
+            raise UserError(
+                f"{self.name} sees what follows: its outputs change with a later token, so its loss is no perplexity; "
+                "measure a causal model."
+            )
+        if self.model.base_model is self.model or not torch.equal(self.logits(self.states(tokens)[0]), whole[0]):
+            self.head = None  # no part gives states, or logits are scaled or capped
+
+    def _forget_lengths(self) -> None:
+        """Give rotations their first frequencies again: dynamic ones keep those of the longest length that was read."""
+        for rotation, kind in self.rotations:
+            first = rotation.original_max_seq_len
+            if getattr(rotation, f"{kind}max_seq_len_cached", first) > first:
+                frequencies = getattr(rotation, f"{kind}original_inv_freq")
+                setattr(rotation, f"{kind}inv_freq", frequencies.to(self.device))
+                setattr(rotation, f"{kind}max_seq_len_cached", first)
 
 
 def evaluate(
@@ -106,32 +130,61 @@ def evaluate(
         lengths, wanted, tokens, by_position: as of a run's own evaluation.
         device: where to run it.
         trust: allow the code that the model brings.
-        folder: where rows are written, besides being the answer.
+        folder: where the rows of each length are written once they are known, besides being the answer.
 
     Raises:
-        UserError: `transformers` is not installed, there is no such model, or it cannot be measured so.
+        UserError: `transformers` is not installed, there is no such model, it cannot be measured so, or another process
+            works in the folder.
     """
-    model, tokenizer = load(name, device=device, trust=trust)
-    text = encode(tokenizer, data)
-    about = {"run": name, "scheme": model.model.config.model_type, "seed": 0, "context": model.context}
-    rows: list[Row] = []
-    for expression in wanted:
-        protocol = protocols.find(expression)
-        if protocol.tokens is None:
-            protocol = replace(protocol, tokens=tokens)
-        for length in lengths:
-            measured = Perplexity(by_position=by_position).measure(
-                model, text, length=length, protocol=protocol, progress=progress
-            )
-            rows += [{**about, **row} for row in measured]
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.add_rows(folder, rows)
+    found = _protocols(wanted, lengths, tokens)
+    with nullcontext() if folder is None else run_folder.claim(folder):
+        model, tokenizer = load(name, device=device, trust=trust)
+        _refuse(model, tokenizer, found, lengths)
+        text = encode(tokenizer, data)
+        about = {"run": name, "scheme": model.model.config.model_type, "seed": 0, "context": model.context}
+        measurement = Perplexity(by_position=by_position)
+        rows: list[Row] = []
+        for protocol in found:
+            for length in lengths:
+                with _beyond_context(model, length + protocol.bos):
+                    measured = measurement.measure(model, text, length=length, protocol=protocol, progress=progress)
+                measured = [{**about, **row} for row in measured]
+                if folder is not None:
+                    run_folder.add_rows(folder, measured)
+                rows += measured
     return rows
 
 
+def _protocols(wanted: Sequence[str], lengths: Sequence[int], tokens: int | None) -> list[Protocol]:
+    """The protocols, each of which can cut windows of each length."""
+    found = [protocols.find(expression) for expression in wanted]
+    for length in lengths:
+        if length < 1:
+            raise UserError(f"A length of {length} tokens cannot be evaluated; it must be at least 1.")
+        for protocol in found:
+            protocol.windows(1, length)
+    return [replace(each, tokens=tokens) if each.tokens is None else each for each in found]
+
+
+def _refuse(model: CausalModel, tokenizer: Any, found: Sequence[Protocol], lengths: Sequence[int]) -> None:
+    """Raise a `UserError` for the first protocol or length that the model is not made for."""
+    for protocol in found:
+        if protocol.bos and tokenizer.bos_token_id is None:
+            raise UserError(f"{model.name} has no token that begins a text; measure without bos=true.")
+        for length in lengths:
+            if model.farthest is not None and length + protocol.bos > model.farthest:
+                raise UserError(
+                    f"Length {length} lies beyond the learned table of {model.farthest} positions of {model.name}; "
+                    f"evaluate at most {model.farthest - protocol.bos}."
+                )
+
+
 def load(name: str, *, device: str = "auto", trust: bool = False) -> tuple[CausalModel, Any]:
-    """A causal model of transformers, ready to be measured, and its tokenizer."""
+    """A causal model of transformers, ready to be measured, and its tokenizer.
+
+    Raises:
+        UserError: `transformers` is not installed, or the model cannot be read, whatever the reason, or is not causal.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
@@ -141,7 +194,7 @@ def load(name: str, *, device: str = "auto", trust: bool = False) -> tuple[Causa
     with _told(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust, dtype="auto")
-    return CausalModel(model.to(device_of(device)), name), tokenizer
+        return CausalModel(model.to(device_of(device)), name), tokenizer
 
 
 def encode(tokenizer: Any, data: Path | str) -> Text:
@@ -240,11 +293,48 @@ def _farthest(model: Any, positions: int | None) -> int | None:
     return positions if any(each.num_embeddings in (positions, positions + 2) for each in tables) else None
 
 
+def _rotations(model: nn.Module) -> list[tuple[Any, str]]:
+    """Modules that keep the frequencies they began with, and what the names of these begin with: a kind of layers."""
+    end = "original_inv_freq"
+    return [
+        (each, name.removesuffix(end))
+        for each in model.modules()
+        if hasattr(each, "original_max_seq_len")
+        for name in dir(each)
+        if name.endswith(end)
+    ]
+
+
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Turn what the library raises into one sentence."""
+    """Turn whatever the library raises into one sentence."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"{name!r} cannot be read as a causal model of transformers: {reason}.") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name!r} cannot be read as a causal model of transformers: {_reason(error)}.") from error
+
+
+@contextmanager
+def _beyond_context(model: CausalModel, length: int) -> Iterator[None]:
+    """Turn a failure to read more tokens than the context into one sentence; want of memory is no such failure."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        of_memory = isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in TEXTS)
+        if of_memory or not 0 < model.context < length:
+            raise
+        raise UserError(
+            f"{model.name} cannot read {length} tokens at once, more than its context of {model.context}: "
+            f"{_reason(error)}."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, and the next where that ends in a colon."""
+    told = str(error).strip()
+    if " " not in told:  # nothing, or the bare key of a KeyError
+        return f"{type(error).__name__} {told}".strip()
+    first, *others = told.splitlines()
+    return " ".join([first, *(each.strip() for each in others[: first.endswith(":")])]).rstrip(".")

@@ -10,7 +10,8 @@ from lookfar.attention.scheme import Scheme
 from lookfar.kernels.base import Call, Kernel
 from lookfar.sight import Sight
 
-ENTRIES = 1 << 19  # of the score square, over batch and heads, that a chunk holds
+ENTRIES = 1 << 19  # of the score square, over batch and heads, that a chunk holds: what a processor's caches do
+ON_GPU = 1 << 25  # the same on a GPU, which is idle with less
 SIZES, ALIGNED = 15, 16  # how many numbers of keys occur: libraries prepare for each, and keep what they prepared
 WHOLE = 1 << 22  # entries up to which the square is held at once, and nothing is computed twice
 
@@ -21,7 +22,7 @@ class Chunked(Kernel):
     With gradients each chunk is computed again in the backward pass, so that nothing of a chunk is kept.
     """
 
-    def __init__(self, *, entries: int = ENTRIES, whole: int = WHOLE) -> None:
+    def __init__(self, *, entries: int | None = None, whole: int = WHOLE) -> None:
         self.entries, self.whole = entries, whole
 
     def refusal(self, scheme: Scheme, call: Call) -> str | None:
@@ -54,6 +55,7 @@ class Chunked(Kernel):
 
     def rows(self, maps: int, sight: Sight) -> int:
         """How many queries make a chunk: a power of two, at least 16."""
+        entries = self.entries or (ENTRIES if sight.key_positions.device.type == "cpu" else ON_GPU)
         keys = sight.keys if sight.window is None else min(sight.keys, 2 * sight.window)
-        fitting = max(16, self.entries // (maps * keys))
+        fitting = max(16, entries // max(1, maps * keys))
         return 1 << (fitting.bit_length() - 1)

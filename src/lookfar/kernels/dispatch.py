@@ -19,6 +19,7 @@ SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference", "strips", *T
 SLOTS = ("slots", "strips", "sdpa", "square", "row", "chunked", "reference", *TOLD)
 FLASH = ("sdpa", "distance", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")  # a GPU's
 GPU = ("distance", "sdpa", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")
+FEW = 8  # queries from which strips over many keys are as fast as other kernels
 SHORTEST = {  # keys from which strips are faster than the square, as `python -m benchmarks --only choices` tells
     torch.bfloat16: {"by distance": 2048, "another bias": 512},
     torch.float32: {"by distance": 256, "another bias": 256},
@@ -62,7 +63,7 @@ def preference(scheme: Scheme, call: Call) -> tuple[str, ...]:
     if call.device == "cuda":
         bare = not (scheme.biases or scheme.sinks or scheme.soft_cap is not None)
         return FLASH if bare and call.plain and call.last and call.queries in (1, call.keys) else GPU
-    if call.queries == 1:
+    if call.queries < FEW:
         return SINGLE
     kind = "by distance" if scheme.by_distance else "another bias"
     return SHORT if call.keys < SHORTEST.get(call.dtype, SHORTEST[torch.float32])[kind] else LONG

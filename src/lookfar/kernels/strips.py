@@ -36,7 +36,9 @@ class Strips(Kernel):
             return "it computes in float32"
         if scheme.soft_cap is not None:
             return "the scores are soft-capped"
-        if call.slots or not call.causal:
+        if call.slots:
+            return "a slot is not in the text"
+        if not call.causal:
             return "keys ahead are seen"
         if call.scattered:
             return "the keys that a query sees are scattered"
