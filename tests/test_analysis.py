@@ -341,6 +341,7 @@ def trained(tmp_path_factory):
         "heads": ["model.heads=4"],
         "layers": ["model.layers=1"],
         "words": ["data.tokenizer=bpe", "data.vocabulary=300"],
+        "squeezed": ["evaluation.numbering=interpolated"],
     }
     for name, settings in changes.items():
         train(config.read(folder / "tiny.toml", settings), folder / name)
@@ -422,6 +423,21 @@ def test_the_command_analyses_a_run(trained, monkeypatch, capsys):
     figures = {each.stem for each in (trained / "nope" / "analysis" / "figures").glob("*.png")}
     assert figures == {"entropy", "attention_maps_0_16"}
     lookfar.load(trained / "nope")  # still a run
+
+
+def test_a_run_is_looked_at_in_the_numbers_in_which_it_is_measured(trained, monkeypatch):
+    given, states = [], lookfar.Decoder.states
+
+    def note(self, tokens, **settings):
+        given.append(settings["positions"][0].tolist())
+        return states(self, tokens, **settings)
+
+    monkeypatch.setattr(lookfar.Decoder, "states", note)
+    context = config.read(trained / "tiny.toml").model.context
+    analyze_run(
+        trained / "squeezed", lengths=[2 * context], inputs=1, wanted=["entropy"], output=trained / "squeezed_2"
+    )
+    assert given == [[place / 2 for place in range(2 * context)]]
 
 
 def test_another_text_can_be_looked_at(trained):

@@ -20,6 +20,7 @@ from lookfar.errors import UserError
 from lookfar.evaluation.base import Progress
 from lookfar.model.attention import Attention
 from lookfar.model.decoder import Decoder
+from lookfar.model.numbering import find
 from lookfar.tasks.numbering import DigitPositions
 from lookfar.training import folder as run_folder
 from lookfar.training.checkpoint import load
@@ -118,10 +119,14 @@ def _look(
 
 
 def _traced(subject: Subject, tokens: Int[Tensor, "1 t"]) -> Iterator[tuple[int, Trace]]:
-    """Every layer's attention on an input, numbered as the run numbers it."""
+    """Every layer's attention on an input, numbered as the run numbers what it is measured on."""
     device, numbers = subject.model.device, _numbers(subject)
-    positions = None if numbers is None else torch.from_numpy(numbers.measured(tokens[0].tolist()))[None].to(device)
-    return trace(subject.model, tokens.to(device), positions=positions)
+    if numbers is not None:
+        positions = torch.from_numpy(numbers.measured(tokens[0].tolist()))[None]
+    else:
+        number = find(subject.run.evaluation.numbering, subject.run.model.context)
+        positions = number(1, tokens.shape[1], torch.Generator().manual_seed(0))
+    return trace(subject.model, tokens.to(device), positions=None if positions is None else positions.to(device))
 
 
 def _open(folders: Sequence[Path], trust: bool) -> list[Subject]:
