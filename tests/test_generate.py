@@ -22,7 +22,9 @@ from lookfar.model import cache as cache_room
 from lookfar.model import generate as generate_room
 from lookfar.model.cache import LayerCache
 from lookfar.model.generate import Sampling, generate, stream
+from lookfar.tasks.symbols import BOS
 from lookfar.training.checkpoint import load
+from lookfar.training.problems import problems_of
 from lookfar.training.run import run_whole
 from test_decoder import build
 from test_laws import one_thread, randomised  # noqa: F401  # the fixture works by its name
@@ -350,12 +352,39 @@ def test_two_streams_at_once_leave_the_reader_able_to_train():
 
 def test_a_learned_table_ends_a_text_before_it_begins():
     model = model_of("learned", context=8, positions=8)
-    assert len(generate(model, [[1, 2, 3]], tokens=5)[0]) == 5
-    for prompts, tokens, left in (([[1, 2, 3]], 6, 5), (PROMPTS, 5, 1), ([[1] * 9], 1, 0)):
+    for prompts, tokens, left in (([[1, 2, 3]], 7, 6), (PROMPTS, 5, 2), ([[1] * 8], 2, 1), ([[1] * 9], 1, 0)):
         with pytest.raises(UserError, match=f"beyond the 8 positions of the learned table; ask for at most {left} "):
             generate(model, prompts, tokens=tokens)
-    short = [[1], [2, 3, 4]]
-    assert [len(each) for each in generate(model, short, tokens=5)] == [5, 5], "padding has no number of its own"
+
+
+@pytest.mark.parametrize("scheme", ["learned", "learned + rope(scaling=dynamic, factor=3)"])
+@pytest.mark.parametrize("prompts", [[[1, 2, 3]], [[1], [2, 3, 4]], [[1] * 8]])
+def test_a_text_ends_one_token_after_a_learned_table(scheme, prompts):
+    """The last token is never read, so it needs no position; padding has none of its own."""
+    model = model_of(scheme, context=8, positions=8)
+    assert model.once == (scheme == "learned")
+    asked, encode = [], model.encoding.encode
+    model.encoding.encode = lambda x, places: asked.append(int(places.max())) or encode(x, places)
+    tokens = 9 - max(map(len, prompts))
+    found = generate(model, prompts, tokens=tokens, sampling=GREEDY)
+    assert max(asked) == 7, "each position of the table is used, and none beyond"
+    assert found == [by_full_passes(model, prompt, tokens) for prompt in prompts]
+
+
+@pytest.mark.parametrize("positions", ["offset", "shared"])
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", range(1, 9))
+def test_blocks_are_written_as_far_as_their_slots_have_positions(positions, block, size):
+    model = model_of("learned", context=8, positions=8, slots=4, slot_positions=positions)
+    most = 0
+    for tokens in range(1, 12):
+        last = size + (tokens - 1) // block * block  # the text that the last block follows
+        if last + (block if positions == "offset" else 1) <= 8:
+            most = tokens
+            assert len(generate(model, [[1] * size], tokens=tokens, block=block)[0]) == tokens
+        else:
+            with pytest.raises(UserError, match=f"{block} at once, .* 8 positions .* at most {most} tokens"):
+                generate(model, [[1] * size], tokens=tokens, block=block)
 
 
 @pytest.mark.parametrize(
@@ -600,3 +629,49 @@ def test_the_command_writes_on_from_several_prompts(trained, monkeypatch, capsys
     alone = [command(monkeypatch, capsys, trained, "--prompt", each, *told)[1] for each in ("line", "a")]
     code, out, _ = command(monkeypatch, capsys, trained, "--prompt", "line", "--prompt", "a", *told)
     assert code == 0 and out == f"{alone[0]}\n{alone[1]}"
+
+
+# The command, with a run of a task
+
+
+def addition(folder, *overrides):
+    content = {
+        "model": {"width": 16, "layers": 1, "heads": 2, "context": 32, "scheme": "alibi", "device": "cpu"},
+        "task": {"name": "addition", "lengths": [1, 2], "examples": 2},
+        "training": {"updates": 2, "batch": 4, "precision": "float32"},
+        "evaluation": {"lengths": [2]},
+    }
+    run_whole(run := config.build(content, overrides), folder)
+    return problems_of(run.task)
+
+
+@pytest.mark.parametrize("bos", ["true", "false"])
+@pytest.mark.parametrize("end", ["", " "])
+def test_the_command_reads_a_problem_as_it_is_measured(tmp_path, monkeypatch, capsys, bos, end):
+    (problem,) = addition(tmp_path, f"task.bos={bos}").measured(2, 1)
+    prompt = problem.encoded.tokens[~problem.encoded.written].tolist()
+    solution = problem.encoded.tokens[problem.encoded.written].tolist()
+    given = []
+
+    def perfect(model, prompts, *, stop, **others):
+        given.extend(prompts)
+        for place, token in enumerate(solution):
+            assert not stop(solution[:place] or [-1])
+            yield [token]
+        assert stop(solution), "measuring ends at EOS, and so does the command"
+
+    monkeypatch.setattr(generate_room, "stream", perfect)
+    asked = problem.example.input.rstrip()
+    code, out, _ = command(monkeypatch, capsys, tmp_path, "--prompt", asked + end)
+    assert code == 0 and given == [prompt] and (prompt[0] == BOS) == (bos == "true")
+    assert out == f"{asked} {problem.example.target}\n"
+
+
+@pytest.mark.parametrize(("bos", "most"), [("true", 25), ("false", 26)])
+def test_the_command_writes_to_the_end_of_a_learned_table(tmp_path, monkeypatch, capsys, bos, most):
+    addition(tmp_path, "model.scheme=learned", f"task.bos={bos}")
+    words = [tmp_path, "--prompt", "Compute 1 2 + 3 4 ?", "--temperature", 0]  # 7 tokens and BOS, of 32
+    code, out, err = command(monkeypatch, capsys, *words, "--tokens", most)
+    assert (code, err) == (0, "") and out.startswith("Compute 1 2 + 3 4 ?")
+    code, _, err = command(monkeypatch, capsys, *words, "--tokens", most + 1)
+    assert code == 2 and f"ask for at most {most} tokens" in err

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from lookfar import plugins
 from lookfar.errors import UserError
+from lookfar.tasks import pcfg
 from lookfar.tasks.pcfg import BINARY, FUNCTIONS, SYMBOLS, UNARY, Pcfg, evaluate
+from lookfar.tasks.problems import Problems
+from lookfar.tasks.sets import Split
 
 STRINGS = st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=6)
 
@@ -258,3 +261,101 @@ def test_symbols_are_every_word_of_every_text():
     for seed in range(20):
         each = task.example(8, Random(seed))
         assert set(f"{each.input} {each.target}".replace("[SEP]", " [SEP] ").split()) <= set(task.symbols)
+
+
+# Files
+
+
+def written(folder, **changed):
+    """Files of a few problems: 60 of one function, 40 of two, and 30 of three and five of five to test."""
+    random, task = Random(5), Pcfg(prefix="")
+    for part, counts in {"train": {1: 60, 2: 40}, "test": {3: 30, 5: 5}}.items():
+        drawn = [task.example(length, random) for length, count in counts.items() for _ in range(count)]
+        lines = {"src": [" ".join(parts(each)) for each in drawn], "tgt": [each.target for each in drawn]}
+        for end, those in lines.items():
+            (folder / f"{part}.{end}").write_text("\n".join(those) + "\n", encoding="utf-8")
+    for name, text in changed.items():
+        (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def lines_of(folder, part):
+    source, target = ((folder / f"{part}.{end}").read_text(encoding="utf-8").splitlines() for end in ("src", "tgt"))
+    return set(zip(source, target, strict=True))
+
+
+def test_problems_of_files_are_theirs_and_no_others(tmp_path):
+    task = Pcfg(folder=written(tmp_path))
+    assert (task.trained, task.tested) == (range(1, 3), range(3, 4)), "none of them is without problems"
+    random, found = Random(0), {}
+    for length in (1, 2, 3, 5):
+        drawn = [task.example(length, random) for _ in range(1000)]
+        assert all(sum(word in FUNCTIONS for word in parts(each)) == length for each in drawn)
+        assert all(each.answer == each.target and each.input.startswith("Solve: ") for each in drawn)
+        found[length] = {(" ".join(parts(each)), each.target) for each in drawn}
+    assert found[1] | found[2] == lines_of(tmp_path, "train") and found[3] | found[5] == lines_of(tmp_path, "test")
+
+
+def test_nothing_of_files_that_is_tested_is_trained_on(tmp_path):
+    split = Split(Pcfg(folder=written(tmp_path)), held_out=0.2)
+    assert split.lengths == (1, 2)
+    trained = {split.trained(0, index).input for index in range(2000)}
+    held_out = {each.input for length in (1, 2) for each in split.measured(length, 100)}
+    assert held_out and not trained & held_out and len(trained | held_out) == 100
+    assert [len(split.measured(length, 100)) for length in (3, 5)] == [30, 5]
+    assert not trained & {each.input for length in (3, 5) for each in split.measured(length, 100)}
+
+
+def test_files_are_named_in_an_expression_and_read_once(tmp_path, monkeypatch):
+    expression = f"pcfg(folder={written(tmp_path)!r})"
+    first = Problems(expression).measured(5, 9)
+    monkeypatch.setattr(pcfg, "_lines", None)
+    assert len(first) == 5
+    assert [each.example for each in Problems(expression).measured(5, 9)] == [each.example for each in first]
+
+
+def test_spaces_between_the_words_of_a_file_do_not_matter(tmp_path):
+    task = Pcfg(folder=written(tmp_path, test_src=" append  A1 , echo copy B2 \r\n", test_tgt="A1  B2 B2 \r\n"))
+    assert task.example(3, Random(0)).input == "Solve: append A1 , echo copy B2[SEP] "
+    assert task.example(3, Random(0)).target == "A1 B2 B2"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"train_tgt": "A1\n"}, r"train\.src has 100 lines and .*train\.tgt 1; each needs its solution"),
+        (
+            {"test_src": "copy copy copy A1\necho\n", "test_tgt": "A1\nA1\n"},
+            r"test\.src, line 2: 'echo', word 1 .* argument",
+        ),
+        ({"test_src": "copy copy copy A1\n\n", "test_tgt": "A1\n\n"}, r"test\.src, line 2: The expression is empty"),
+        (
+            {"train_src": "copy A1\nreverse A1 B2\n", "train_tgt": "A1\nA1 B2\n"},
+            r"train\.tgt, line 2: 'reverse A1 B2' makes 'B2 A1', not 'A1 B2'",
+        ),
+        ({"test_src": ""}, r"test\.src is empty"),
+        ({"test_src": "copy copy A1", "test_tgt": "A1"}, "up to 2 functions, and test.src 2 and more"),
+    ],
+)
+def test_files_that_are_not_right_are_told(tmp_path, changed, told):
+    folder = written(tmp_path, **changed)
+    with pytest.raises(UserError, match=told):
+        Pcfg(folder=folder)
+
+
+def test_what_files_do_not_have_is_told(tmp_path):
+    folder = written(tmp_path)
+    for length, near in ((4, "3 and 5"), (0, "1"), (6, "5")):
+        with pytest.raises(UserError, match=f"no expression of {length} functions; .*: {near}\\."):
+            Pcfg(folder=folder).example(length, Random(0))
+    with pytest.raises(UserError, match="Leave it or folder out"):
+        Pcfg(folder=folder, longest=50)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match=r"There is no folder .*nowhere; .*productivity"):
+        Pcfg(folder=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"train\.src cannot be read: No such file"):
+        Pcfg(folder=str(tmp_path / "other"))
+    (tmp_path / "train.src").write_bytes(b"copy \xff")
+    pcfg._read.cache_clear()
+    with pytest.raises(UserError, match=r"train\.src cannot be read: it is not UTF-8"):
+        Pcfg(folder=folder)

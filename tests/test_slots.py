@@ -387,9 +387,9 @@ def test_a_block_stops_inside():
 def test_a_block_needs_slots_and_positions():
     with pytest.raises(UserError, match="has no slots"):
         generate(model_of(slots=None), [[1]], tokens=2, block=2)
-    with pytest.raises(UserError, match="ask for at most 5 tokens"):
-        generate(model_of("learned"), [[1, 2, 3, 4]], tokens=8, block=4)
-    assert len(generate(model_of("learned"), [[1, 2, 3, 4]], tokens=5, block=4)[0]) == 5
+    with pytest.raises(UserError, match="ask for at most 8 tokens"):
+        generate(model_of("learned"), [[1, 2, 3, 4]], tokens=9, block=4)
+    assert len(generate(model_of("learned"), [[1, 2, 3, 4]], tokens=8, block=4)[0]) == 8
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,13 @@ def generate(
     scheme: Annotated[str | None, typer.Option(help="Run the same weights under another scheme.")] = None,
     trust: Trust = False,
 ) -> None:
-    """Write on from a prompt with the weights of a run; the first is shown as it comes, others after it."""
+    """Write on from a prompt with the weights of a run; the first is shown as it comes, others after it.
+
+    A run of a task reads a prompt as it reads a problem: after BOS where it has one, and without a space at the end.
+    """
     from lookfar.data.writing import Writer
     from lookfar.model.generate import Sampling, stream
+    from lookfar.tasks.symbols import BOS
     from lookfar.training import folder
     from lookfar.training.checkpoint import load
     from lookfar.training.measure import numbers_of
@@ -50,10 +54,13 @@ def generate(
     )
     model, tokenizer = load(run, scheme=scheme, trust=trust), tokenizer_of(run)
     writers = [Writer(tokenizer, stop or []) for _ in prompt]
-    given, later = [tokenizer.encode(each).tolist() for each in prompt], ["" for _ in prompt[1:]]
-    typer.echo(prompt[0], nl=False)
     trained, _ = folder.read(run)
-    numbers = None if trained.task.name is None else numbers_of(trained, model)
+    first, numbers = [], None
+    if trained.task.name is not None:
+        prompt = [each.removesuffix(" ") for each in prompt]  # that space belongs to what is written
+        first, numbers = [BOS] * trained.task.bos, numbers_of(trained, model)
+    given, later = [first + tokenizer.encode(each).tolist() for each in prompt], ["" for _ in prompt[1:]]
+    typer.echo(prompt[0], nl=False)
     for step in stream(
         model,
         given,
@@ -64,8 +71,8 @@ def generate(
         block=block,
         positions=None if numbers is None else numbers.measured,
     ):
-        first, *others = (writer.add(token) for writer, token in zip(writers, step, strict=True))
-        typer.echo(first, nl=False)
+        shown, *others = (writer.add(token) for writer, token in zip(writers, step, strict=True))
+        typer.echo(shown, nl=False)
         later = [text + more for text, more in zip(later, others, strict=True)]
     typer.echo(writers[0].rest())
     for asked, text, writer in zip(prompt[1:], later, writers[1:], strict=True):

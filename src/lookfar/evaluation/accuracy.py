@@ -119,7 +119,7 @@ def _written(model: Decoder, problems: Sequence[Problem], numbers: DigitPosition
     found: list[list[int]] = [[] for _ in prompts]
     for size in set(map(len, prompts)):  # each to the end of the table
         alike = [place for place, prompt in enumerate(prompts) if len(prompt) == size]
-        room = min(longest + ROOM, model.farthest - size)
+        room = min(longest + ROOM, model.farthest - size + 1)  # the last one needs no position
         for place, tokens in zip(alike, _write(model, [prompts[each] for each in alike], room), strict=True):
             found[place] = tokens
     return found

@@ -107,7 +107,7 @@ def stream(
         raise UserError("Tokens that are predicted at once are numbered consecutively; leave block or positions out.")
     sampling = Sampling() if sampling is None else sampling
     farthest = model.farthest if positions is None else None  # a number that it has not is refused by the model
-    given, documents = _padded(model, prompts, tokens, block or 0, farthest)
+    given, documents = _padded(model, prompts, tokens, block, farthest)
     deadline = None if seconds is None else time.monotonic() + seconds
     device = given.device
     generators = [torch.Generator(device).manual_seed(sampling.seed + row) for row in range(len(prompts))]
@@ -221,7 +221,7 @@ def _numbered(
 
 
 def _padded(
-    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int, block: int, farthest: int | None
+    model: Decoder, prompts: Sequence[Sequence[int]], tokens: int, block: int | None, farthest: int | None
 ) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"] | None]:
     """Prompts with padding on the left, and what is padding; None where all are of one length."""
     lengths = [len(prompt) for prompt in prompts]
@@ -230,11 +230,11 @@ def _padded(
         raise UserError("A prompt is empty; give at least one token to write on from.")
     if tokens < 1:
         raise UserError(f"{tokens} tokens cannot be written; ask for at least 1.")
-    needed = tokens + max(0, block - 1)  # the last block may begin at the last token
-    if farthest is not None and longest + needed > farthest:
+    if farthest is not None and tokens > (most := _most(model, farthest - longest, block)):
+        together = f", {block} at once," if block else ""
         raise UserError(
-            f"A prompt of {longest} tokens and {needed} more are beyond the {farthest} positions of the learned "
-            f"table; ask for at most {max(0, farthest - longest - needed + tokens)} tokens."
+            f"A prompt of {longest} tokens and {tokens} more{together} are beyond the {farthest} positions of the "
+            f"learned table; ask for at most {most} tokens."
         )
     wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocabulary), None)
     if wrong is not None:
@@ -246,3 +246,14 @@ def _padded(
     place = torch.arange(longest, device=device)
     documents = torch.where(place < longest - torch.tensor(lengths, device=device)[:, None], PADDING, 0)
     return padded, documents
+
+
+def _most(model: Decoder, free: int, block: int | None) -> int:
+    """How many tokens can be written where a table has so many positions after the prompt.
+
+    One by one, the last token is never read and needs none. Slots need theirs, the last block for all of its slots.
+    """
+    if not block:
+        return max(0, free + 1)
+    slots = block if model.config.slot_positions == "offset" else 1
+    return max(0, (free - slots) // block + 1) * block
