@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lookfar import cli
 from lookfar.data import duplicates as room
-from lookfar.data.base import Document, Source
-from lookfar.data.duplicates import Documents, Duplicates, Pair, duplicates
+from lookfar.data.base import SPLITS, Document, Source, split_of
+from lookfar.data.duplicates import Documents, Duplicates, Joined, Pair, duplicates, single
 from lookfar.errors import UserError
 
 VOCABULARY = [f"{first}{second}" for first in "bdfgk" for second in "aeiou"]
@@ -162,14 +162,86 @@ def test_what_makes_no_sense_is_refused():
         duplicates(iter([]), [])
 
 
-def test_the_command_counts_what_a_text_has_twice(tmp_path, monkeypatch, capsys):
-    book, recipe = tmp_path / "book.txt", tmp_path / "text.toml"
-    book.write_text("the same words in the same order\n" * 400)
-    recipe.write_text(f'[data]\nsource = "text_file"\npath = "{book}"\n')
-    monkeypatch.setattr("sys.argv", ["lookfar", "duplicates", str(recipe)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    told = capsys.readouterr().out
-    assert left.value.code == 0, told
+def test_sources_are_joined_and_named():
+    joined = Joined([("songs", [Document("a", "la"), Document("a", " la", continues=True)]), ("books", documents("x"))])
+    wanted = [("a of songs", False), ("a of songs", True), ("0 of books", False)]
+    assert (
+        [(each.name, each.continues) for each in joined] == wanted == [(each.name, each.continues) for each in joined]
+    )
+
+
+def test_parts_do_not_make_two_documents():
+    parts = [Document("a", "la"), Document("a", " la", continues=True)]
+    assert single(parts)
+    assert not single([*parts, Document("b", "x")]) and not single([])
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """`lookfar duplicates` of this source, from the folder of the texts: what it prints."""
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "text.toml"
+
+    def run(source, *words):
+        recipe.write_text(f'[data]\nsource = "{source}"\n')
+        monkeypatch.setattr("sys.argv", ["lookfar", "duplicates", str(recipe), *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        told = capsys.readouterr().out
+        assert left.value.code == 0, told
+        return told
+
+    return run
+
+
+def folder_of(place, texts):
+    """A folder with a file for each text, by name."""
+    place.mkdir()
+    for name, written in texts.items():
+        (place / name).write_text(written)
+
+
+def test_the_command_looks_in_the_training_text_of_all_sources(tmp_path, command):
+    random = Random(4)
+    names = {split: [f"{n}.txt" for n in range(400) if split_of(f"{n}.txt") == split][:6] for split in SPLITS}
+    songs = {name: text(random) for each in names.values() for name in each}
+    letters = {name: text(random) for each in names.values() for name in each}
+    copied, to = names["valid"][2], names["train"][1]
+    letters[to] = songs[copied]
+    folder_of(tmp_path / "songs", songs)
+    folder_of(tmp_path / "letters", letters)
+    assert "of 6 held-out documents 0 are word for word among 6 training" in command("text_file(path=songs)")
+    told = command("text_file(path=songs) + text_file(path=letters)").splitlines()
+    assert told == [
+        "text_file:songs: of 6 held-out documents 1 are word for word among 12 training documents, and 0 nearly "
+        "(similarity 0.8 or more): 16.67%.",
+        f"  1.00  {copied}  is like  {to} of text_file:letters",
+        "text_file:letters: of 6 held-out documents 0 are word for word among 12 training documents, and 0 nearly "
+        "(similarity 0.8 or more): 0.00%.",
+    ]
+
+
+@pytest.mark.parametrize("held_out", ["valid", "test"])
+def test_the_command_says_that_one_document_tells_nothing(tmp_path, command, held_out):
+    folder_of(tmp_path / "book", {f"{split}.txt": text(Random(split), 200) for split in SPLITS})
+    told = command("text_file(path=book)", "--split", held_out)
+    assert "of 1 held-out documents 0 are word for word among 1 training documents" in told and "%" not in told
+    assert "One document only: the held-out text, the training text of text_file:book. " in told
+    assert "of copies inside a long one this tells nothing" in told
+
+
+def test_the_command_says_whose_training_text_is_one_document(tmp_path, command):
+    names = [f"{n}.txt" for n in range(200)]
+    folder_of(tmp_path / "songs", {name: text(Random(name)) for name in names})
+    (tmp_path / "book.txt").write_text("\n".join(text(Random(line)) for line in range(40)))
+    songs, book = command("text_file(path=songs) + text_file(path='book.txt')").split("text_file:book.txt: of ")
+    assert "One document only: the training text of text_file:book.txt. " in songs
+    assert "One document only: the held-out text, the training text of text_file:book.txt. " in book
+    assert "One document only" not in command("text_file(path=songs)")
+
+
+def test_the_command_counts_what_a_text_has_twice(tmp_path, command):
+    (tmp_path / "book.txt").write_text("the same words in the same order\n" * 400)
+    told = command("text_file(path='book.txt')")
     assert told.startswith("text_file:book.txt: of 1 held-out documents 0 are word for word among 1 training documents")
     assert "and 1 nearly" in told and "is like" in told

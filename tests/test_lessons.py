@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 from contextlib import nullcontext
 
@@ -15,8 +16,10 @@ from lookfar.config import ModelConfig
 from lookfar.errors import UserError
 from lookfar.evaluation import accuracy
 from lookfar.model.decoder import Decoder
+from lookfar.model.generate import generate
 from lookfar.study.report import write_report
 from lookfar.study.runner import run_study
+from lookfar.study.statistics import compare
 from lookfar.tasks.problems import Problems
 from lookfar.tasks.symbols import EOS, PADDING
 from lookfar.training import checkpoint, objectives
@@ -254,8 +257,8 @@ def right(problem):
     return problem.encoded.tokens[problem.encoded.written].tolist()
 
 
-def measured(problems, length=4, count=6):
-    rows = accuracy.measure(a_model(problems), problems, length=length, count=count)
+def measured(problems, length=4, count=6, model=None):
+    rows = accuracy.measure(model or a_model(problems), problems, length=length, count=count)
     return {row["metric"]: row["value"] for row in rows}
 
 
@@ -318,6 +321,20 @@ def test_problems_beyond_a_learned_table_are_told():
         accuracy.measure(model, problems, length=60, count=2)
 
 
+def test_a_right_solution_may_end_with_a_learned_table(monkeypatch):
+    """The table has as many positions as the message above recommends; EOS is written and never read."""
+    problems = Problems("copy", lengths=[4])
+    (problem,) = problems.measured(60, 1)
+    model = a_model(problems, "learned", positions=len(problem.encoded.tokens) - 1)
+
+    def perfect(model, prompts, *, tokens, stop, **others):
+        (written,) = generate(model, prompts, tokens=tokens, **others)
+        return [right(problem)[: len(written)]]
+
+    monkeypatch.setattr(accuracy, "generate", perfect)
+    assert measured(problems, length=60, count=1, model=model) == {"accuracy": 1, "first_wrong": 1}
+
+
 def test_a_length_without_held_out_problems_gives_no_rows(monkeypatch):
     problems = Problems("summation", lengths=[2])
     monkeypatch.setattr(problems.split, "measured", lambda length, count: [])
@@ -369,6 +386,77 @@ def test_what_cannot_be_ranked_is_told_and_the_rest_is_drawn(tmp_path):
     page = write_report([tmp_path]).read_text()
     assert "Not ranked: " in page and "not measured at length 9" in page
     assert (tmp_path / "figures" / "accuracy.svg").exists() and not (tmp_path / "figures" / "ranking.svg").exists()
+
+
+def against(page):
+    """The lines of the table of schemes against the best: the exact numbers of each cell."""
+    found = re.search(r'colspan="\d"><span>against .*?</figure>', page, re.DOTALL)
+    assert found, "there is no such table"
+    lines = re.findall(r'<tr data-series="(.*?)">(.*?)</tr>', found[0])
+    return {scheme: re.findall(r'title="(.*?)"', cells) for scheme, cells in lines}, found[0]
+
+
+def test_schemes_are_compared_with_the_best_in_pairs(tmp_path):
+    """Values of both lengths by scheme, task and seed; what was trained on has no part in it."""
+    values = {
+        ("nope", "copy"): [(0.9, 0.5), (0.8, 0.6)],
+        ("nope", "sort"): [(0.7, 0.3), (0.9, 0.2)],
+        ("rope", "copy"): [(0.5, 0.0), (0.9, 0.6)],
+        ("rope", "sort"): [(0.1, 0.3), (0.2, 0.1)],
+        ("<t5>", "copy"): [(0.4, 0.1), (0.3, 0.1)],
+        ("<t5>", "sort"): [(0.0, 0.1), (0.3, 0.0)],
+    }
+    for (scheme, data), seeds in values.items():
+        for seed, (near, far) in enumerate(seeds):
+            place = tmp_path / f"{scheme}-{data}-{seed}"
+            answered(place, scheme, {3: 0.01 * len(scheme), 7: near, 9: far}, data=data, seed=seed)
+    page = write_report([tmp_path]).read_text()
+    lines, whole = against(page)
+    assert set(lines) == {"rope", "&lt;t5&gt;"} and "<span>against nope</span>" in whole
+    rows = [row for folder in tmp_path.glob("*-*-*") for row in files.read_lines(folder / "rows.jsonl")]
+    for scheme, name in (("rope", "rope"), ("<t5>", "&lt;t5&gt;")):
+        found = compare(rows, scheme, "nope")
+        wanted = [
+            found.difference.value,
+            found.difference.interval,
+            found.p_value,
+            found.wins,
+            found.losses,
+            found.ties,
+        ]
+        told = [
+            ", ".join(f"{each:.6g}" for each in (value if isinstance(value, tuple) else (value,))) for value in wanted
+        ]
+        assert lines[name] == told
+    assert lines["rope"][0] == "-0.275" and lines["rope"][3:] == ["1", "5", "2"]
+    assert "−0.275" in whole and "over 8 pairs" in whole and "With 2 seeds p is never below 0.5." in whole
+
+
+def test_one_seed_has_neither_interval_nor_p(tmp_path):
+    answered(tmp_path / "a", "nope", {3: 1.0, 7: 0.5, 9: 0.25})
+    answered(tmp_path / "b", "rope", {3: 1.0, 7: 0.25, 9: 0.25})
+    lines, whole = against(write_report([tmp_path]).read_text())
+    assert lines == {"rope": ["-0.125", "0", "1", "1"]}
+    assert "A single seed has neither" in whole and "95% interval" not in whole
+
+
+def test_pairs_without_a_number_are_told(tmp_path):
+    for seed in (0, 1):
+        answered(tmp_path / f"nope-{seed}", "nope", {7: 0.5, 8: 0.5, 9: 0.5}, seed=seed)
+        answered(tmp_path / f"alibi-{seed}", "alibi", {7: 0.25, 8: 0.25, 9: 0.25}, seed=seed)
+    answered(tmp_path / "rope-0", "rope", {7: 0.25, 8: 0.25, 9: 0.25})
+    answered(tmp_path / "rope-1", "rope", {7: 0.25}, seed=1)
+    lines, whole = against(write_report([tmp_path]).read_text())
+    assert lines["rope"][-3:] == ["0", "4", "0"] and lines["alibi"][-3:] == ["0", "6", "0"]
+    assert "over 4 to 6 pairs" in whole
+    assert "Pairs left out because one of the two has no number: rope 2." in whole
+
+
+def test_one_scheme_is_compared_with_nothing(tmp_path):
+    for seed in (0, 1):
+        answered(tmp_path / f"nope-{seed}", "nope", {3: 1.0, 7: 0.5}, seed=seed)
+    page = write_report([tmp_path]).read_text()
+    assert "Accuracy against length" in page and "Against the best" not in page and "<span>against" not in page
 
 
 @pytest.mark.parametrize("studies", [("one", "one"), ("one", "two")])

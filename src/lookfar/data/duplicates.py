@@ -6,10 +6,10 @@ in bands (locality-sensitive hashing) and then compared exactly, so none is coun
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 from jaxtyping import UInt64
@@ -67,6 +67,23 @@ class Documents:
 
     def __iter__(self) -> Iterator[Document]:
         return self.source.documents(self.split)
+
+
+class Joined:
+    """The documents of several sources, one source after another, each named with its source."""
+
+    def __init__(self, named: Sequence[tuple[str, Iterable[Document]]]) -> None:
+        self.named = list(named)
+
+    def __iter__(self) -> Iterator[Document]:
+        for source, documents in self.named:
+            for each in documents:
+                yield replace(each, name=f"{each.name} of {source}")
+
+
+def single(documents: Iterable[Document]) -> bool:
+    """Whether there is one document and no other; reads no further than to the second."""
+    return len(list(islice((each for each in documents if not each.continues), 2))) == 1
 
 
 def duplicates(

@@ -1,7 +1,7 @@
 """The part of a report that tells how exactly models answer problems, and how much longer than they were trained on."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean, stdev
@@ -10,7 +10,7 @@ from typing import Any
 from lookfar.errors import UserError
 from lookfar.study.page import definitions, figure, resource, vega_lite
 from lookfar.study.records import INDIFFERENT, Record, Row
-from lookfar.study.statistics import area, longest
+from lookfar.study.statistics import Comparison, area, compare, longest, mean_reciprocal_rank
 from lookfar.study.table import Column, table
 
 LEAST = 0.9  # of accuracy, for a length to count as reached
@@ -39,7 +39,7 @@ def lessons(records: Sequence[Record]) -> Lessons:
     looks = figures.looks({name: record.scheme for name, record in zip(names, records, strict=True)})
     unranked = ""
     drawn: dict[str, Any] = {"accuracy": length_figures.accuracy(last, looks)}
-    if len(looks) > 1 and any(row["split"] == "longer" for row in last):
+    if len({row["scheme"] for row in last}) > 1 and any(row["split"] == "longer" for row in last):
         try:
             drawn["ranking"] = length_figures.ranking(last, looks)
         except UserError as error:  # the rest of the page does not need it
@@ -53,6 +53,8 @@ def lessons(records: Sequence[Record]) -> Lessons:
         blocks.append(figure(length_figures.panels(chart), words[name], name))
         if name == "accuracy":
             blocks.append(table(_columns(rows), looks, words["answers"]))
+        if name == "ranking":
+            blocks.append(_against_the_best(last, looks, words["compared"]))
     if unranked:
         blocks.append(f"<p>Not ranked: {escape(unranked)}</p>")
     return Lessons(["<section>\n" + "\n".join([_facts(records), *blocks]) + "\n</section>"], looks, files)
@@ -135,6 +137,38 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Column]]:
     return {data: [each for each in columns if each.values] for data, columns in found.items()}
 
 
+def _against_the_best(rows: Sequence[Row], looks: Mapping[str, Any], caption: str) -> str:
+    """The table of each scheme less the one that leads the ranking, paired by task, scratchpad, seed and length."""
+    ranks = mean_reciprocal_rank(rows).schemes
+    best = max(ranks, key=lambda scheme: ranks[scheme].value)
+    found = {scheme: compare(rows, scheme, best) for scheme in ranks if scheme != best}
+
+    def column(head: str, note: str, values: Callable[[Comparison], Sequence[float]], show: Any) -> Column:
+        of_schemes = {scheme: [float(value) for value in values(each)] for scheme, each in found.items()}
+        return Column(head, note, {scheme: each for scheme, each in of_schemes.items() if each}, show)
+
+    columns = [
+        column("difference", "of accuracy", lambda each: [each.difference.value], _signed),
+        column("95% interval", "over seeds", lambda each: each.difference.interval or (), _signed),
+        column("p", "sign flips", lambda each: [] if each.p_value is None else [each.p_value], _probability),
+        column("higher", "pairs", lambda each: [each.wins], _count),
+        column("lower", "pairs", lambda each: [each.losses], _count),
+        column("equal", "pairs", lambda each: [each.ties], _count),
+    ]
+    told = caption.format(best=escape(best), pairs=_range(each.difference.cells for each in found.values()))
+    seeds = max(each.difference.seeds for each in found.values())
+    told += (
+        f" With {seeds} seeds p is never below {2 / 2**seeds:.2g}."
+        if seeds > 1
+        else " A single seed has neither interval nor p."
+    )
+    gone = {scheme: len({missing.cell for missing in each.missing}) for scheme, each in found.items()}
+    if any(gone.values()):
+        listed = ", ".join(f"{escape(scheme)} {count:,}" for scheme, count in gone.items() if count)
+        told += f" Pairs left out because one of the two has no number: {listed}."
+    return table({f"against {best}": [each for each in columns if each.values]}, looks, told)
+
+
 def _task(row: Row) -> str:
     return f"{row['data']}, scratchpad {row['scratchpad']}" if row.get("scratchpad") else row["data"]
 
@@ -169,6 +203,25 @@ def _accuracy(values: Sequence[float]) -> str:
 def _length(values: Sequence[float]) -> str:
     whole = all(value == values[0] for value in values)
     return f"{values[0]:.0f}" if whole else f"{fmean(values):.1f}" + _deviation(values, 1)
+
+
+def _signed(values: Sequence[float]) -> str:
+    """Numbers with their sign, from the first to the last."""
+    return " to ".join(f"{value:+.3f}".replace("-", "−") for value in values)
+
+
+def _probability(values: Sequence[float]) -> str:
+    return f"{values[0]:.2g}"
+
+
+def _count(values: Sequence[float]) -> str:
+    return f"{values[0]:,.0f}"
+
+
+def _range(counts: Iterable[int]) -> str:
+    """`315`, or `300 to 315` where they differ."""
+    found = sorted(set(counts))
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((found[0], found[-1])))
 
 
 def _deviation(values: Sequence[float], digits: int) -> str:
