@@ -37,8 +37,7 @@ bench-quick: $(READY)
 	$(BIN)/python -m benchmarks.quick
 
 gpu: $(READY)
-	$(BIN)/python -m benchmarks.gpu --folder results/gpu
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu --folder results/gpu; code=$$?; $(BIN)/python -m pytest -m gpu && exit $$code
 
 soak: $(READY)
 	$(BIN)/python tests/soak.py --kills 200

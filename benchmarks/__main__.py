@@ -41,8 +41,8 @@ PARTS = {
 CHOICES = ("device", "dtype", "lengths", "schemes")  # options of some parts alone
 
 
-def main() -> None:
-    """Measure, print and write rows."""
+def main() -> int:
+    """Measure, print and write rows, those of attention after each size; 1 where an error left something out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where rows are written, one file for each part")
     parser.add_argument("--only", choices=PARTS, action="append", help="one part; may be repeated")
@@ -63,14 +63,22 @@ def main() -> None:
         if foreign := [f"--{key}" for key in given if key not in _settings(name)]:
             parser.error(f"{name} has no {' and no '.join(foreign)}; choose the parts that do with --only.")
     facts = machine.facts(options.device or "cpu", f"python -m benchmarks {shlex.join(sys.argv[1:])}")
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    code = 0
     for name in names:
-        rows = [{**row, **facts} for row in PARTS[name].run(options.repeats, **given)]
+        rows = []
         print(f"\n{name}")
-        for row in rows:
-            print("  " + "  ".join(f"{key} {_spell(row[key])}" for key in row if key not in facts))
-        if options.folder:
-            options.folder.mkdir(parents=True, exist_ok=True)
-            files.write_lines(options.folder / f"{name}.jsonl", rows)
+        try:
+            for row in PARTS[name].run(options.repeats, **given):
+                rows.append({**row, **facts})
+                print("  " + "  ".join(f"{key} {_spell(row[key])}" for key in row if key not in facts), flush=True)
+                if options.folder:
+                    files.write_lines(options.folder / f"{name}.jsonl", rows)
+        except attention.LeftOut as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            code = 1
+    return code
 
 
 def _settings(name: str) -> list[str]:
@@ -82,4 +90,4 @@ def _spell(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
-main()
+sys.exit(main())

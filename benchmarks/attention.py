@@ -3,15 +3,20 @@
 Rivals of one length and pass take turns, plain causal attention among them. `lookfar` is the kernel that it chooses,
 `lookfar KERNEL` the one that is named; `eager square` is the full square of scores under autograd, the usual code of a
 method. Biases are computed by the method inside of what is timed, and gradients reach all that it learns.
+
+A rival that fails is told and left out; the others are measured.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure, rivals
 from lookfar import kernels
@@ -21,6 +26,7 @@ from lookfar.sight import Sight
 
 SCHEMES = (
     "nope",
+    "rope",
     "alibi",
     "stable_mask",
     "learned_sink",
@@ -32,6 +38,7 @@ SCHEMES = (
     "differential_v2",
     "fire",
     "cope",
+    "transformer_xl",
     "dape_v1",
     "kerple + dape_v2",
 )
@@ -41,6 +48,12 @@ BASE = "plain causal"  # torch's own, of the heads of the plain transformer
 DENSE = ("eager square", "sdpa dense bias", "x-transformers")
 MOST = {"cpu": 8 * 2048**2, "cuda": 8 * 8192**2}  # entries of a square that a dense rival is given
 LIMIT = {"cpu": 10.0, "cuda": 2.0}  # seconds after which a rival takes no further turn
+VARIANTS = 128  # of FlexAttention's compiled code: one for each formula, size and pass
+Rows = list[dict[str, Any]]
+
+
+class LeftOut(Exception):
+    """Something could not be measured because of an error, which has been told."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,8 @@ class Case:
     def build(self) -> Scheme:
         """The scheme, with the same parameters at every call."""
         torch.manual_seed(0)
-        sizes = {"heads": self.heads, "head_width": self.width, "context": self.length}
-        return build_scheme(self.scheme, **sizes).to(self.device)
+        scheme = build_scheme(self.scheme, heads=self.heads, head_width=self.width, context=self.length)
+        return scheme.to(self.device)
 
     def operations(self, scheme: Scheme) -> float:
         """Floating-point operations of both products, hidden pairs not counted; backward takes 2.5 times forward."""
@@ -82,45 +95,112 @@ def run(
     dtype: str = "float32",
     lengths: Sequence[int] | None = None,
     schemes: Sequence[str] = SCHEMES,
-) -> list[dict[str, Any]]:
-    """Seconds, operations per second and peak memory of every rival, and its time over that of plain causal."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """Seconds, operations per second and peak memory of every rival, and its time over that of plain causal.
+
+    Raises:
+        LeftOut: after the last row, where a rival was left out by an error other than a lack of memory.
+    """
+    failures = 0
     for length in lengths or LENGTHS[device]:
         for step in PASSES:
             cases = [Case(scheme, "lookfar", step, length, dtype, device) for scheme in schemes]
-            rows += compare([each for case in cases for each in _with_rivals(case)], repeats)
+            rows, left = attempt([each for case in cases for each in _with_rivals(case)], repeats)
+            yield from rows
+            failures += sum(row["failed"] for row in left)
+    if failures:
+        raise LeftOut(f"Errors left out {failures} measurements of attention.")
+
+
+def compare(cases: Sequence[Case], repeats: int, *, memory: bool = True, limit: float | None = None) -> Rows:
+    """The rows of `attempt`.
+
+    Raises:
+        LeftOut: a rival was left out by an error other than a lack of memory.
+    """
+    rows, left = attempt(cases, repeats, memory=memory, limit=limit)
+    if failures := sum(row["failed"] for row in left):
+        raise LeftOut(f"Errors left out {failures} of {len(cases) + 1} measurements.")
     return rows
 
 
-def compare(
+def attempt(
     cases: Sequence[Case], repeats: int, *, memory: bool = True, limit: float | None = None
-) -> list[dict[str, Any]]:
-    """Time cases of one size and pass in turns, together with plain causal attention; a row for each.
+) -> tuple[Rows, Rows]:
+    """Time cases of one size and pass in turns, together with plain causal attention: a row for each, and what failed.
 
     A rival that has taken `limit` seconds takes no further turn.
     """
-    torch.compiler.reset()
     base = replace(cases[0], scheme="nope", implementation=BASE)
-    calls = {}
-    for case in (base, *cases):
+    rows: Rows = []
+    left: Rows = []
+
+    def failed(case: Case, error: Exception) -> None:
+        left.append(leave_out(case, reason(error), failed=not lacks_memory(error)))
+
+    times = _times((base, *cases), repeats, limit or LIMIT[base.device], failed)
+    for case, time in times.items():
         try:
-            calls[case] = prepare(case)
-            calls[case]()
-        except torch.OutOfMemoryError:
-            calls.pop(case)
-            print(f"{case} needs more memory than there is; it is left out.", file=sys.stderr)
-    wait = torch.cuda.synchronize if base.device == "cuda" else None
-    times = measure.turns(calls, repeats, limit=limit or LIMIT[base.device], wait=wait)
-    calls.clear()
-    return [_row(case, times[case], times[base], memory) for case in times]
+            if base not in times:
+                raise RuntimeError(f"there is no time of {BASE} attention to compare with")
+            rows.append(_row(case, time, times[base], memory))
+        except Exception as error:
+            failed(case, error)
+    return rows, left
 
 
-def _row(case: Case, time: measure.Time, base: measure.Time, memory: bool) -> dict[str, Any]:
-    scheme = case.build()
+def _times(
+    cases: Sequence[Case], repeats: int, limit: float, failed: Callable[[Case, Exception], None]
+) -> dict[Case, measure.Time]:
+    """The times of all cases that do not fail, at their first call or later."""
+    wait = torch.cuda.synchronize if cases[0].device == "cuda" else None
+    calls: dict[Case, Callable[[], Any]] = {}
+    for case in cases:
+        try:
+            with around(case):
+                calls[case] = prepare(case)
+                calls[case]()
+                if wait:
+                    wait()
+        except Exception as error:
+            calls.pop(case, None)
+            failed(case, error)
+    return measure.turns(calls, repeats, limit=limit, wait=wait, around=around, failed=failed)
+
+
+def leave_out(case: Case, why: str, *, failed: bool = False) -> dict[str, Any]:
+    """Tell on stderr what is left out and why; a row that says so. `failed`: by an error."""
+    told = f"{case.step} of {case.scheme} by {case.implementation}, {case.length:,} tokens, heads of {case.width}"
+    print(f"Left out: {told}: {why}", file=sys.stderr, flush=True)
+    return {**_named(case, None), "left_out": why, "failed": failed}
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device had too little memory, which is a finding and no mistake."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    if lacks_memory(error):
+        return "it needs more memory than there is"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no reason given')}"
+
+
+def around(case: Case) -> AbstractContextManager[Any]:
+    """What is entered before the clock starts: FlashAttention-2 for plain causal, room for FlexAttention's variants."""
+    if case.implementation == BASE and case.device == "cuda" and getattr(torch, case.dtype).itemsize == 2:
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    if case.implementation == "FlexAttention":
+        return torch._dynamo.config.patch(recompile_limit=VARIANTS)
+    return nullcontext()
+
+
+def _named(case: Case, kernel: str | None) -> dict[str, Any]:
     return {
         "scheme": case.scheme,
         "implementation": case.implementation,
-        "kernel": _kernel(case, scheme),
+        "kernel": kernel,
         "pass": case.step,
         "length": case.length,
         "dtype": case.dtype,
@@ -128,6 +208,13 @@ def _row(case: Case, time: measure.Time, base: measure.Time, memory: bool) -> di
         "batch": case.batch,
         "heads": case.heads,
         "width": case.width,
+    }
+
+
+def _row(case: Case, time: measure.Time, base: measure.Time, memory: bool) -> dict[str, Any]:
+    scheme = case.build()
+    return {
+        **_named(case, _kernel(case, scheme)),
         "seconds": time.seconds,
         "ratio_to_causal": time.seconds / base.seconds,
         "tflops": case.operations(scheme) / time.seconds / 1e12,
@@ -219,9 +306,10 @@ def _peak(case: Case) -> float | None:
     if case.device == "cpu":
         compiled = case.implementation == "FlexAttention"  # a compiler's memory would be counted with it
         return None if compiled else measure.peak_memory(_warm, case) / 2**20
-    call = prepare(case)
-    call()
-    return measure.peak_memory_on_gpu(call) / 2**20
+    with around(case):
+        call = prepare(case)
+        call()
+        return measure.peak_memory_on_gpu(call) / 2**20
 
 
 def _warm(case: Case) -> Callable[[], Any]:

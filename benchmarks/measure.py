@@ -4,6 +4,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,19 +37,40 @@ def seconds(rivals: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 
 def turns(
-    rivals: Mapping[Name, Callable[[], Any]], repeats: int, *, limit: float, wait: Callable[[], Any] | None = None
+    rivals: Mapping[Name, Callable[[], Any]],
+    repeats: int,
+    *,
+    limit: float,
+    wait: Callable[[], Any] | None = None,
+    around: Callable[[Name], AbstractContextManager[Any]] = lambda name: nullcontext(),
+    failed: Callable[[Name, Exception], Any] | None = None,
 ) -> dict[Name, Time]:
     """The median time of each rival; they take turns, each until it has had `repeats` or has taken `limit` seconds.
 
     Every rival has a first call that is not counted. `wait` returns when a device has done all that it was given.
+    `around` is entered before the clock starts and left after it has stopped. With `failed`, which is told the error, a
+    rival that raises one has no time, and the others go on.
     """
-    counts = {name: max(1, min(100, round(SPAN / _seconds(call, 1, wait)))) for name, call in rivals.items()}
+    running, counts = dict(rivals), {}
     times: dict[Name, list[float]] = {name: [] for name in rivals}
-    for _ in range(repeats):
-        for name, call in rivals.items():
-            if sum(times[name]) * counts[name] < limit:
-                times[name].append(_seconds(call, counts[name], wait))
-    return {name: Time(statistics.median(each), min(each), len(each)) for name, each in times.items()}
+    for turn in range(repeats + 1):
+        for name, call in list(running.items()):
+            if turn and sum(times[name]) * counts[name] >= limit:
+                continue
+            try:
+                with around(name):
+                    taken = _seconds(call, counts.get(name, 1), wait)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                del running[name]
+                continue
+            if turn:
+                times[name].append(taken)
+            else:
+                counts[name] = max(1, min(100, round(SPAN / taken)))
+    return {name: Time(statistics.median(times[name]), min(times[name]), len(times[name])) for name in running}
 
 
 def _seconds(call: Callable[[], Any], count: int, wait: Callable[[], Any] | None) -> float:

@@ -1,5 +1,6 @@
 """Other ways to the same attention: torch's own with a dense bias, FlexAttention, and modules of x-transformers."""
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lookfar.attention.scheme import Scheme
@@ -23,10 +23,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Torch's fused attention: causal, or one query that sees all keys; on a GPU in 16 bits FlashAttention-2."""
-    if queries.is_cuda and queries.dtype.itemsize == 2:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(queries, keys, values, is_causal=queries.shape[2] > 1)
+    """Torch's fused attention: causal, or one query that sees all keys."""
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=queries.shape[2] > 1)
 
 
@@ -39,7 +36,8 @@ def names(scheme: Scheme, device: str, step: str) -> list[str]:
     compiles = device == "cuda" or (step == "forward" and shutil.which("g++") is not None)  # no backward on a CPU
     if compiles and step != "decode" and not (isinstance(bias, ScoreBias) and not isinstance(bias, DistanceBias)):
         found.append("FlexAttention")
-    if isinstance(bias, T5) or (isinstance(bias, Alibi) and not bias.learned):
+    theirs = isinstance(bias, T5) or (isinstance(bias, Alibi) and not bias.learned)
+    if theirs and importlib.util.find_spec("x_transformers") is not None:
         found.append("x-transformers")
     return found
 
@@ -58,8 +56,8 @@ def dense_bias(scheme: Scheme, sight: Sight) -> tuple[Attends, list[nn.Parameter
 
 
 def flex(scheme: Scheme, sight: Sight) -> tuple[Attends, list[nn.Parameter]]:
-    """FlexAttention with the formula of the bias as its score_mod, compiled."""
-    compiled = torch.compile(flex_attention, dynamic=False)
+    """FlexAttention with the formula of the bias as its score_mod, compiled: never the full square in silence."""
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     device = sight.query_positions.device
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, sight.queries, sight.keys, device=str(device))
 

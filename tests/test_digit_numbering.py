@@ -70,6 +70,18 @@ def test_trained_problems_are_moved_up_to_the_largest_number_and_measured_ones_a
     assert of_abacus.trained(tokens, 0.999).max() == of_coupling.trained(tokens, 0.999).max() == 20
 
 
+@pytest.mark.parametrize("task", [BACKWARDS, ANSWER_BACKWARDS, "addition(order=reversed)"])
+def test_a_sum_reaches_one_more_than_its_digits_by_abacus_and_two_more_coupled(task):
+    problems = Problems(task, lengths=[9])
+    assert find("abacus(largest=100)", problems).reach([9, 14]) == 15
+    assert find("coupled(largest=100)", problems).reach([9, 14]) == 16
+
+
+def test_a_run_may_be_measured_up_to_the_largest_number(a_run):
+    check(a_run("training.numbering=abacus(largest=6)"))
+    check(a_run("training.numbering=coupled(largest=7)"))
+
+
 def test_operands_that_are_not_reversed_are_coupled_by_their_units():
     problems = Problems(ANSWER_BACKWARDS, lengths=[3])
     tokens = problems.measured(3, 1)[0].encoded.tokens
@@ -188,6 +200,12 @@ def test_a_run_with_digits_numbered_is_measured_and_writes(a_run, tmp_path, monk
         (["training.numbering=abacus"], "'abacus' needs largest: write it as abacus(largest=100)"),
         (["training.numbering=abacus(largest=0)"], "largest=0"),
         (["training.numbering=abacus(largest=3)"], "set training.numbering='abacus(largest=4)' or more"),
+        (
+            ["training.numbering=abacus(largest=5)"],
+            "is measured on numbers that reach 6, and no training meets those beyond largest=5; "
+            "set training.numbering='abacus(largest=6)'",
+        ),
+        (["training.numbering=coupled(largest=6)"], "set training.numbering='coupled(largest=7)', or list shorter"),
         (["training.numbering=coupled(largest=9)", "task.name=addition"], "choose task.name='addition(order="),
         (["training.numbering=coupled(largest=9)", "task.name=parity", "task.lengths=[6]"], "'coupled' numbers add"),
         (

@@ -1,9 +1,13 @@
 """Scratchpads are written in all 32 formats, read back, and scored part by part."""
 
+import re
 from itertools import combinations
 from random import Random
+from time import perf_counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lookfar import plugins
 from lookfar.errors import UserError
@@ -162,6 +166,47 @@ def test_a_step_that_cannot_be_read_fails_all():
     scores = FULL.score(example, FULL.write(example).replace("comp 5", "compute 5").replace("out 6", "6"))
     assert scores == dict.fromkeys(scores, 0.0) | {"failed": 0.5}
     assert FULL.read(f"Thinking step by step: nothing # {SUM.partition(' # ')[2]} . Thus, x.")[0] is None
+
+
+def test_what_fails_is_a_part_of_1_however_many_steps_are_written():
+    example = Addition().problem("53", "9")
+    nothing = " # ".join(["nothing"] * 9)
+    assert FULL.score(example, f"Thinking step by step: {nothing} . Thus, x")["failed"] == 1
+    assert FULL.score(example, f"Thinking step by step: {nothing} # {SUM} . Thus, x")["failed"] == 9 / 11
+    assert FULL.score(example, "Thinking step by step: nothing . Thus, x")["failed"] == 0.5
+
+
+def test_marks_that_are_repeated_are_read_at_once():
+    step = "in 1 " + "comp 1 out 1 [ 1 ] " * 300
+    start = perf_counter()
+    assert FULL.read(f"Thinking step by step: {step} . Thus, x") == [None]
+    assert perf_counter() - start < 5  # one try after another would take minutes
+
+
+def by_expression(parts, step):
+    """The parts of a step by a regular expression that tries all places, as the marks are defined."""
+    marks = {"i": ("in", ""), "c": ("comp", ""), "o": ("out", ""), "v": (r"\[", r"\]"), "r": ("re", "")}
+    pattern = "".join(rf"{marks[each][0]}(.*?){marks[each][1]}\s*" for each in "icovr" if each in parts)
+    found = re.fullmatch(pattern, step.strip())
+    return None if found is None else [" ".join(each.split()) for each in found.groups()]
+
+
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.sampled_from(["in", "comp", "out", "[", "]", "re", " ", "  ", "1", "core", ","]), max_size=14),
+)
+def test_every_step_is_read_as_by_an_expression_that_tries_all_places(parts, cut):
+    for step in ("".join(cut), " ".join(cut), f"in 1 comp 1 out 2 [ 3 ] re {' '.join(cut)}"):
+        (found,) = Scratchpad(parts).read(f"Thinking step by step: {step} . Thus, x")
+        values = None
+        if found is not None:
+            each = [getattr(found, name) for name in Scratchpad(parts).names]
+            values = [", ".join(one) if isinstance(one, tuple) else one for one in each]
+        expected = by_expression(parts, step)
+        if expected is not None and "v" in parts:
+            place = Scratchpad(parts).names.index("variables")
+            expected[place] = ", ".join(one.strip() for one in expected[place].split(","))
+        assert values == expected
 
 
 @pytest.mark.parametrize("written", ["", "The answer is 6 2.", f"Thinking step by step: {SUM}", f"{SUM} . Thus, x"])

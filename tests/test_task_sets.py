@@ -9,19 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lookfar import plugins
+from lookfar import config, plugins
 from lookfar.errors import UserError
 from lookfar.tasks.addition import Addition
 from lookfar.tasks.base import Example, Task
 from lookfar.tasks.copy import Copy
 from lookfar.tasks.digits import abacus, coupled
 from lookfar.tasks.encoding import encode, vocabulary_of
+from lookfar.tasks.lego import Lego
 from lookfar.tasks.parity import Parity
+from lookfar.tasks.problems import Problems
 from lookfar.tasks.scratchpad import Scratchpad
 from lookfar.tasks.sets import Split, buckets
 from lookfar.tasks.sort import ORDERED
 from lookfar.tasks.summation import Summation
 from lookfar.tasks.symbols import BOS, EOS, PADDING, SYMBOLS, Vocabulary, pieces, words
+from lookfar.training.problems import check, lengths, problems_of
 
 NAMES = plugins.names("tasks")
 
@@ -219,15 +222,113 @@ def test_a_length_of_one_problem_is_trained_on_or_measured_and_the_other_is_said
     assert 0 < sum(bool(Split(OneOfEach(), [length]).measured(length, 1)) for length in split.lengths) < 15
 
 
-@pytest.mark.parametrize(("lengths", "part"), [([], 0.1), ([2], 0.0), ([2], 1.0)])
+@pytest.mark.parametrize(("lengths", "part"), [([], 0.1), ([2], 0.0), ([2], 1e-4), ([2], 1.0)])
 def test_a_split_that_leaves_nothing_is_refused(lengths, part):
     with pytest.raises(UserError):
         Split(Summation(), lengths, held_out=part)
 
 
+def test_a_task_without_any_of_its_lengths_is_refused():
+    with pytest.raises(UserError, match=r"None of the lengths .* take lego\(variables=8\)"):
+        Split(Lego(variables=3))
+
+
+@pytest.mark.parametrize("part", [0.003, 0.1])
+def test_however_little_is_held_out_as_many_are_measured(part):
+    split = Split(Copy(), [5], held_out=part)
+    found = split.measured(5, 30)
+    assert len(found) == 30 and all(map(split.holds_out, found))
+
+
 def test_buckets_reach_ten_times_the_trained_lengths():
     assert buckets(Addition()) == [*range(1, 17), 24, 32, 40, 48, 56, 64, 72, 80]
     assert buckets(Addition(), 2) == list(range(1, 17))
+
+
+def test_buckets_follow_the_lengths_that_are_trained_on():
+    assert buckets(Addition(), 3, [22, 20, 21, 20]) == [20, 21, 22, 44, 66]
+    assert buckets(Copy(), 2, [10, 3]) == [3, *range(10, 21)]
+    assert buckets(Copy(), 3, [15]) == [*range(15, 41), 45]
+    assert buckets(build("scan"), 2, [22, 24]) == [22, 24, 25, 26, 27, 28, 30, 32, 33, 36, 40, 48]
+
+
+# Runs at the door
+
+
+def a_run(*overrides):
+    content = {"model": {"width": 16, "heads": 2, "context": 400}, "task": {"name": "addition"}}
+    return config.build(content, overrides)
+
+
+def measured_lengths(*overrides):
+    run = a_run(*overrides)
+    check(run)
+    return lengths(run, problems_of(run.task))
+
+
+def test_a_run_is_measured_at_the_lengths_it_is_trained_on_and_at_longer_ones():
+    assert measured_lengths("task.lengths=[20,21,22]") == [20, 21, 22, 44]
+    assert measured_lengths("task.name=copy", "task.lengths=[4,2]") == [2, 4, 5, 6, 7, 8]
+    assert measured_lengths("task.lengths=[20]", "evaluation.lengths=[9,3]") == [3, 9]
+
+
+@pytest.mark.parametrize("name", [each for each in NAMES if each != "needle"])
+def test_by_default_a_run_is_measured_at_all_lengths_of_its_task(name):
+    run, task = a_run(f"task.name={name}"), build(name)
+    found = [each for each in (*task.trained, *task.tested) if name != "scan" or each in task.lengths]
+    assert lengths(run, problems_of(run.task)) == found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["task.name=lego(variables=3)"], "None of the lengths to train on by default is left"),
+        (["task.name=multi_query_recall(keys=3)"], "has 3 keys and no problem of length 16; raise `keys`"),
+        (["task.name=passkey(size=300)"], "passkey has no problem of length 256; its shortest is 3"),
+        (
+            ["task.name=lego(variables=6)"],
+            "for length 8 take lego(variables=8). Or state task.lengths, such as task.le",
+        ),
+        (["task.name=lego(variables=9)"], "take lego(variables=16). Or state evaluation.lengths, such as evaluation."),
+        (["task.name=lego(variables=6)", "task.lengths=[4,5]"], "take lego(variables=10). Or state evaluation.le"),
+        (
+            ["task.name=passkey(size=50)"],
+            "its shortest is 71. Or state task.lengths, such as task.lengths=[96, 128, 160, 192, 224, 256].",
+        ),
+        (["task.name=scan", "task.lengths=[1]", "evaluation.lengths=[4]"], "too few problems of its trained lengths"),
+        (["task.name=parity", "task.lengths=[1,2]", "evaluation.lengths=[4]"], "or set task.held_out higher"),
+        (["task.name=scan", "evaluation.lengths=[1,4]"], "of length 1 that is not trained on; leave it out of eval"),
+        (
+            ["task.name=parity", "task.lengths=[1,8]", "task.held_out=0.999"],
+            "is left to train on; 0.999 of all are held out",
+        ),
+        (["task.held_out=0.0001"], "held_out (0.0001) must be 0.001 or more"),
+    ],
+)
+def test_lengths_without_problems_are_told_at_the_door(overrides, sentence):
+    with pytest.raises(UserError) as told:
+        check(a_run(*overrides))
+    assert sentence in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task.name=lego(variables=6)", "task.lengths=[4,5]", "evaluation.lengths=[4,5,6]"],
+        ["task.name=scan"],
+        ["task.name=scan", "task.lengths=[1,2,3]"],
+    ],
+)
+def test_lengths_that_are_stated_or_that_no_setting_took_away_are_no_reason_to_refuse(overrides):
+    check(a_run(*overrides))
+
+
+def test_the_longest_of_all_problems_that_are_measured_is_looked_for(monkeypatch):
+    monkeypatch.setattr("lookfar.tasks.problems.SAMPLE", 3)
+    few, many = (Problems("polynomial", lengths=[8], examples=count) for count in (1, 200))
+    sizes = [len(each.encoded.tokens) for each in many.measured(8, 200)]
+    assert few.tokens(8) == max(sizes[:3]) < max(sizes) == many.tokens(8)
+    assert problems_of(config.TaskConfig(name="copy", examples=999)).examples == 999
 
 
 # Digits

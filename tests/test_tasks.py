@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tracemalloc
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -470,12 +471,48 @@ def test_the_command_prints_json(name, monkeypatch, capsys):
         (["parity", "--all", "--length", "3"], "leave settings and other options out"),
         (["--all"], "Which task?"),
         (["--length", "3"], "Which task?"),
+        (["--count", "5"], "Which task?"),
+        (["--seed", "0"], "Which task?"),
+        (["scan", "--all", "--count", "2"], "leave settings and other options out"),
+        (["scan", "--all", "--seed", "0"], "leave settings and other options out"),
+        (["parity", "--length", "5001", "--scratchpad", "co"], "ask for 5000 or less"),
     ],
 )
 def test_a_mistake_is_one_sentence(words, answer, monkeypatch, capsys):
     code, out, err = command(monkeypatch, capsys, *words)
     assert code == 2 and not out
     assert err.startswith("lookfar: ") and answer in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_seed_below_0_is_refused(monkeypatch, capsys):
+    code, out, err = command(monkeypatch, capsys, "parity", "--seed", -1)
+    assert code == 2 and not out and "--seed" in err
+
+
+@pytest.mark.parametrize("name", ["addition", "parity", "polynomial", "sort", "summation"])
+def test_steps_that_nobody_asks_for_are_not_worked_out(name, monkeypatch):
+    module = sys.modules[f"lookfar.tasks.{name}"]
+    worked, steps = [], module._steps
+    monkeypatch.setattr(module, "_steps", lambda *given: worked.append(given) or steps(*given))
+    drawn, again = (build(name).example(30, Random(0)) for _ in range(2))
+    encode(build(name), drawn, vocabulary_of(build(name)))
+    assert not worked
+    assert len(drawn.steps) >= 30 and drawn.steps[0] == next(iter(drawn.steps))
+    assert drawn == again and hash(drawn) == hash(again) and len(worked) == 2
+
+
+def test_a_sum_of_100000_digits_is_drawn_without_all_its_bins():
+    tracemalloc.start()
+    example = Addition().example(100_000, Random(3))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(example.answer) >= 100_000 and peak < 40e6
+    for length in (1, 2, 7):
+        bins = Addition().bins(length)
+        assert len(set(bins)) == 2 * length - 1
+        for seed in range(20):
+            one, other = Random(seed).choice(bins)
+            assert [len(part.split()) for part in operands(Addition().example(length, Random(seed)))] == [one, other]
 
 
 def test_all_problems_of_a_task_that_ends_are_lines_of_json(monkeypatch, capsys, tmp_path):

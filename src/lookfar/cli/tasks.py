@@ -12,6 +12,8 @@ from lookfar.errors import UserError
 if TYPE_CHECKING:
     from lookfar.tasks.base import Task
 
+LONGEST = 5000  # length of a problem whose steps are written: each step may repeat what is left of the problem
+
 
 def add(app: typer.Typer) -> None:
     """Put the verb into the command."""
@@ -28,8 +30,8 @@ def tasks(
         ),
     ] = None,
     length: Annotated[int | None, typer.Option(help="By default the longest that is trained on.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many examples.")] = 3,
-    seed: Annotated[int, typer.Option(help="Another one gives other examples.")] = 0,
+    count: Annotated[int | None, typer.Option(min=1, help="How many examples; by default 3.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another one gives other examples; by default 0.")] = None,
     scratchpad: Annotated[
         str | None, typer.Option(help="Write the steps with these parts, some of the letters icovr.", metavar="PARTS")
     ] = None,
@@ -41,8 +43,9 @@ def tasks(
     """List all tasks, or print examples of one: what a model reads, and what it is to write."""
     from lookfar import plugins
 
+    stated = any(each is not None for each in (length, count, seed, scratchpad)) or as_json
     if name is None:
-        if length is not None or scratchpad is not None or as_json or everything:
+        if stated or everything:
             raise UserError("Which task? Name one, such as 'lookfar tasks addition --length 5'.")
         _list()
         return
@@ -51,11 +54,14 @@ def tasks(
         raise UserError(f"{name!r} names {len(terms)} tasks; examples are printed of one.")
     task = plugins.build("tasks", terms[0])
     if everything:
-        if length is not None or scratchpad is not None or as_json or seed or terms[0].settings:
+        if stated or terms[0].settings:
             raise UserError("--all prints every problem as it is, in JSON; leave settings and other options out.")
         lines = _all(task, terms[0].name)
     else:
-        lines = _examples(task, task.trained[-1] if length is None else length, count, seed, scratchpad, as_json)
+        asked = task.trained[-1] if length is None else length
+        if scratchpad is not None and asked > LONGEST:
+            raise UserError(f"The steps of a problem of length {asked} fill gigabytes; ask for {LONGEST} or less.")
+        lines = _examples(task, asked, 3 if count is None else count, seed or 0, scratchpad, as_json)
     for line in lines:
         typer.echo(line)
 
@@ -88,7 +94,7 @@ def _examples(task: "Task", length: int, count: int, seed: int, scratchpad: str 
 
 def _all(task: Any, name: str) -> Iterator[str]:
     if not hasattr(task, "all"):
-        raise UserError(f"{name!r} has no end, so that not all of it can be printed; --count says how many.")
+        raise UserError(f"{name!r} has no end, so that not all of it can be printed; give --count in place of --all.")
     for problem, solution in task.all():
         yield json.dumps({"input": problem, "output": solution})
 

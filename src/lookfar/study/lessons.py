@@ -14,29 +14,30 @@ from lookfar.study.statistics import Comparison, area, compare, longest, mean_re
 from lookfar.study.table import Column, table
 
 LEAST = 0.9  # of accuracy, for a length to count as reached
+OF_PROBLEMS = {*INDIFFERENT, "task.name", "task.scratchpad", "task.examples"}  # told by rows, or nothing of a curve
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Sections of the page, the looks of their series, and the figures on paper by name."""
+    """Sections of the page, and the figures on paper by name."""
 
     sections: list[str] = field(default_factory=list)
-    looks: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def lessons(records: Sequence[Record]) -> Lessons:
-    """Accuracy by length, the ranking and the scratchpads of runs that were trained on tasks; nothing without any."""
+def lessons(records: Sequence[Record], names: Sequence[str], looks: Mapping[str, Any]) -> Lessons:
+    """Accuracy by length, the ranking and the scratchpads of runs that were trained on tasks; nothing without any.
+
+    Their curves have the names of `name_lessons`, and `looks` by these names.
+    """
     if not records:
         return Lessons()
     import vl_convert
 
-    from lookfar.study import figures, length_figures
+    from lookfar.study import length_figures
 
-    names = _names(records)
     rows = [{**row, "scheme": name} for record, name in zip(records, names, strict=True) for row in record.answers]
     last = [row for row in rows if row.get("checkpoint") != "best"]
-    looks = figures.looks({name: record.scheme for name, record in zip(names, records, strict=True)})
     unranked = ""
     drawn: dict[str, Any] = {"accuracy": length_figures.accuracy(last, looks)}
     if len({row["scheme"] for row in last}) > 1 and any(row["split"] == "longer" for row in last):
@@ -57,7 +58,7 @@ def lessons(records: Sequence[Record]) -> Lessons:
             blocks.append(_against_the_best(last, looks, words["compared"]))
     if unranked:
         blocks.append(f"<p>Not ranked: {escape(unranked)}</p>")
-    return Lessons(["<section>\n" + "\n".join([_facts(records), *blocks]) + "\n</section>"], looks, files)
+    return Lessons(["<section>\n" + "\n".join([_facts(records), *blocks]) + "\n</section>"], files)
 
 
 def _facts(records: Sequence[Record]) -> str:
@@ -88,20 +89,31 @@ def _facts(records: Sequence[Record]) -> str:
     return definitions([(term, text) for term, text in told if text])
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    """A curve for each scheme; where more than seeds tell its runs on one task apart, also by what does."""
+def name_lessons(records: Sequence[Record]) -> list[str]:
+    """A curve for each scheme; where more than seeds tell its runs on one task apart, also by what does.
+
+    That is the label of the run in its study, else what its settings vary, its folder, and its name without the seed.
+    """
     names = [record.scheme for record in records]
-    for finer in (_settings(records), [r.source.resolve().name for r in records], [r.name for r in records]):
-        seen: dict[tuple[Any, ...], set[int]] = {}
-        for place, record in enumerate(records):
-            for row in record.answers:
-                keys = ("data", "scratchpad", "length", "seed", "checkpoint", "protocol")
-                seen.setdefault((names[place], *(row.get(key) for key in keys)), set()).add(place)
-        mixed = {names[place] for places in seen.values() if len(places) > 1 for place in places}
+    mixed = _mixed(records, names)
+    names = [record.label if name in mixed else name for record, name in zip(records, names, strict=True)]
+    folders = [record.source.resolve().name for record in records]
+    for finer in (_settings(records), folders, [each.name.removesuffix(f"-s{each.seed}") for each in records]):
+        mixed = _mixed(records, names)
         names = [
             f"{name} · {more}" if name in mixed and more else name for name, more in zip(names, finer, strict=True)
         ]
     return names
+
+
+def _mixed(records: Sequence[Record], names: Sequence[str]) -> set[str]:
+    """Names under which two runs answer the same problems with the same seed."""
+    seen: dict[tuple[Any, ...], set[int]] = {}
+    for place, record in enumerate(records):
+        for row in record.answers:
+            keys = ("data", "scratchpad", "length", "seed", "checkpoint", "protocol")
+            seen.setdefault((names[place], *(row.get(key) for key in keys)), set()).add(place)
+    return {names[place] for places in seen.values() if len(places) > 1 for place in places}
 
 
 def _settings(records: Sequence[Record]) -> list[str]:
@@ -109,11 +121,12 @@ def _settings(records: Sequence[Record]) -> list[str]:
     told = []
     for record in records:
         alike = [other for other in records if other.scheme == record.scheme]
-        keys = [(section, key) for section in ("model", "training") for key in record.settings.get(section, {})]
+        sections = ("model", "training", "task")
+        keys = [(section, key) for section in sections for key in record.settings.get(section, {})]
         varied = [
             f"{key}={record.setting(section, key)}"
             for section, key in keys
-            if f"{section}.{key}" not in INDIFFERENT and len({str(other.setting(section, key)) for other in alike}) > 1
+            if f"{section}.{key}" not in OF_PROBLEMS and len({str(other.setting(section, key)) for other in alike}) > 1
         ]
         told.append(", ".join(varied))
     return told

@@ -189,7 +189,7 @@ def _read_rows(path: Path) -> list[Row]:
     """The rows of known metrics; of one measurement that which scored most, of such the last."""
     kept: dict[tuple[Any, ...], Row] = {}
     for number, line in enumerate(files.read_lines(path), start=1):
-        if line.get("metric") in METRICS:
+        if line.get("metric") in METRICS or line.get("protocol") == "held_out":
             row = _checked(line, f"{path}, line {number}")
             about = ("run", "metric", "unit", "update", "checkpoint", "scratchpad", "from", *KEYS)
             if row.get("numbering"):

@@ -11,11 +11,13 @@ from typing import Any
 from lookfar import config
 from lookfar.config import Study, read_toml
 from lookfar.errors import UserError
-from lookfar.study.lessons import lessons
+from lookfar.study.lessons import lessons, name_lessons
 from lookfar.study.page import compose, definitions, figure, publish, resource, vega_lite
 from lookfar.study.planned import Planned
 from lookfar.study.records import METRICS, Part, Record, Row, collect, name_series, parts_of
 from lookfar.study.table import Column, table
+
+MOST = 8  # lengths that all have a column
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -39,7 +41,12 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     records = [record for record in every if not record.trial and not record.of_task]
     names = name_series(records)
     parts = parts_of(records, names)
-    looks = figures.looks({name: record.label for name, record in zip(names, records, strict=True)})
+    learned = [record for record in every if record.answers and not record.trial]
+    of_lessons = name_lessons(learned)
+    looks = figures.looks(
+        {name: record.label for name, record in zip(names, records, strict=True)}
+        | {name: record.scheme for name, record in zip(of_lessons, learned, strict=True)}
+    )
     drawn = {
         "budgets": [budget_figures.cost(part.rows, looks) for part in parts],
         "perplexity": [figures.perplexity(part.rows, looks) for part in parts],
@@ -62,10 +69,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         _section(part, looks, dict(zip(panels, of_part, strict=True)), alone=len(parts) == 1)
         for part, *of_part in zip(parts, *panels.values(), strict=True)
     ]
-    learned = lessons([record for record in every if record.answers and not record.trial])
-    contents |= {page.parent / "figures" / name: content for name, content in learned.files.items()}
-    sections += learned.sections
-    contents[page] = compose(title, {**looks, **learned.looks}, _head(title, every, parts), sections).encode()
+    answered = lessons(learned, of_lessons, looks)
+    contents |= {page.parent / "figures" / name: content for name, content in answered.files.items()}
+    sections += answered.sections
+    contents[page] = compose(title, looks, _head(title, every, parts), sections).encode()
     for path, content in contents.items():
         publish(path, content)
     return page
@@ -112,8 +119,9 @@ def _choices(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The rates that were tried, with their held-out losses, and the one that was taken."""
     tried: dict[str, dict[float, float]] = {}
     taken = {record.label: row["chosen_rate"] for record in records for row in record.rows if "chosen_rate" in row}
-    for record in filter(lambda record: record.trial and not record.of_task, records):
+    for record in filter(lambda record: record.trial, records):
         losses = [math.log(row["value"]) for row in record.measured if row["value"] > 0]
+        losses += [row["value"] for row in record.rows if row["metric"] == "loss"]  # of problems held out
         candidate = next(row["candidate"] for row in record.rows if "candidate" in row)
         tried.setdefault(record.label, {})[candidate] = losses[0] if losses else math.nan
     told = [
@@ -238,7 +246,9 @@ def _by_length(name: str, rows: Sequence[Row]) -> dict[str, list[Column]]:
     columns = {}
     for title, measured in panels_of(rows).items():
         by_length = dict(sorted(_grouped(measured, "length").items()))
-        doubled = [n for n in by_length if math.log2(n / measured[0]["context"]).is_integer()] or list(by_length)
+        trained, farthest = measured[0]["context"], max(by_length)
+        doubled = [n for n in by_length if math.log2(n / trained).is_integer()]
+        shown = sorted({*doubled, farthest}) if doubled and len(by_length) > MOST else list(by_length)
         columns[f"{name}, {title}"] = [
             _column(
                 f"{length / measured[0]['context']:.3g}×",
@@ -248,7 +258,7 @@ def _by_length(name: str, rows: Sequence[Row]) -> dict[str, list[Column]]:
                 min,
                 _either(dict.fromkeys(pick(_values(by_length[length], "count")) for pick in (min, max)), "–"),
             )
-            for length in doubled
+            for length in shown
         ]
     return columns
 

@@ -1,14 +1,15 @@
 """Addition of two numbers: plain, with reversed digits, padded, or with index hints."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from random import Random
 from string import digits
 from typing import Literal
 
 from lookfar.errors import UserError
-from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.base import Example, LaterSteps, Step, Task
 from lookfar.tasks.symbols import words
 from lookfar.tasks.wording import check_length, spell, stated
 
@@ -50,11 +51,11 @@ class Addition(Task):
 
     def bins(self, length: int) -> list[tuple[int, int]]:
         """The digits of both operands in problems of this length."""
-        return [(length, other) for other in range(1, length + 1)] + [(other, length) for other in range(1, length)]
+        return [_bin(length, each) for each in range(2 * length - 1)]
 
     def example(self, length: int, random: Random) -> Example:
         check_length("addition", length, 1)
-        first, second = (_number(each, random) for each in random.choice(self.bins(length)))
+        first, second = (_number(each, random) for each in _bin(length, random.randrange(2 * length - 1)))
         if self.hints and length >= HINTS:
             raise UserError(f"addition(hints=true) has {HINTS} hints and no problem of length {length}.")
         return self.problem(first, second, random.randrange(HINTS - length) if self.hints else 0)
@@ -62,7 +63,7 @@ class Addition(Task):
     def problem(self, first: str, second: str, start: int = 0) -> Example:
         """The problem of two numbers in decimal digits; hints begin with the `start`th."""
         width = max(len(first), len(second))
-        steps, total = _steps(first, second)
+        total, steps = _sum(first, second), LaterSteps(partial(_steps, first, second))
         if self.padded:
             first, second = first.zfill(width), second.zfill(width)
         written = total.zfill(width + 1) if self.padded else total
@@ -91,19 +92,33 @@ def _number(length: int, random: Random) -> str:
     return first + "".join(random.choices(digits, k=length - 1))
 
 
-def _steps(first: str, second: str) -> tuple[tuple[Step, ...], str]:
-    """The columns from the right, and the sum."""
-    carry, written, steps = 0, "", []
-    columns = zip_longest(map(int, reversed(first)), map(int, reversed(second)), fillvalue=0)
-    for done, (one, other) in enumerate(columns, start=1):
-        left = " + ".join(spell(each[: max(0, len(each) - done)].lstrip("0")) for each in (first, second))
-        steps.append(_step(one, other, carry, left))
+def _bin(length: int, place: int) -> tuple[int, int]:
+    """The digits of both operands in one of the 2n - 1 bins of a length n."""
+    return (length, place + 1) if place < length else (place - length + 1, length)
+
+
+def _columns(first: str, second: str) -> Iterator[tuple[int, int]]:
+    """The digits of both numbers from the right."""
+    return zip_longest(map(int, reversed(first)), map(int, reversed(second)), fillvalue=0)
+
+
+def _sum(first: str, second: str) -> str:
+    carry, written = 0, []
+    for one, other in _columns(first, second):
         carry, digit = divmod(one + other + carry, 10)
-        written = f"{digit}{written}"
+        written.append(str(digit))
+    return "".join(reversed([*written, "1"] if carry else written))
+
+
+def _steps(first: str, second: str) -> Iterator[Step]:
+    """One for each column from the right, and one for a carry that is left."""
+    carry = 0
+    for done, (one, other) in enumerate(_columns(first, second), start=1):
+        left = " + ".join(spell(each[: max(0, len(each) - done)].lstrip("0")) for each in (first, second))
+        yield _step(one, other, carry, left)
+        carry = (one + other + carry) // 10
     if carry:
-        steps.append(_step(0, 0, carry, " + "))
-        written = f"{carry}{written}"
-    return tuple(steps), written
+        yield _step(0, 0, carry, " + ")
 
 
 def _step(one: int, other: int, carry: int, left: str) -> Step:

@@ -1,8 +1,9 @@
 """What a task is: a synthetic problem with a length, whose right answer is known."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from random import Random
 
 
@@ -17,6 +18,32 @@ class Step:
     remaining: str | None = None  # what is left of the problem
 
 
+class LaterSteps:
+    """Steps that are worked out when they are first asked for: those of a long problem take far more room than it."""
+
+    def __init__(self, work: Callable[[], Iterable[Step]]) -> None:
+        self._work = work
+
+    @cached_property
+    def _all(self) -> tuple[Step, ...]:
+        return tuple(self._work())
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, place: int) -> Step:
+        return self._all[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (tuple, LaterSteps)) and self._all == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._all)
+
+
 @dataclass(frozen=True)
 class Example:
     """A problem and its solution: a model reads `input` and writes `target`, in which `answer` is the final answer."""
@@ -24,11 +51,14 @@ class Example:
     input: str
     target: str
     answer: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] | LaterSteps = ()
 
 
 class Task(ABC):
-    """A problem of any length, generated without network or outside tokenizer. Settings are keyword parameters."""
+    """A problem of any length, generated without network or outside tokenizer.
+
+    Settings are keyword parameters, all of them with a default.
+    """
 
     trained: range  # the lengths that are trained on by default
     tested: range  # the longer ones that are measured by default

@@ -1,9 +1,10 @@
 """Telling whether the number of ones among bits is even."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from random import Random
 
-from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.base import Example, LaterSteps, Step, Task
 from lookfar.tasks.symbols import words
 from lookfar.tasks.wording import check_length, stated
 
@@ -29,22 +30,23 @@ class Parity(Task):
 
     def problem(self, bits: Sequence[int]) -> Example:
         """The problem of these bits."""
-        parity, steps = 0, []
-        for place, bit in enumerate(bits):
-            after = bit ^ parity
-            steps.append(
-                Step(
-                    input=str(bit),
-                    computation=f"{bit} ** par = {bit} ** {parity}",
-                    output=str(after),
-                    variables=(f"par: {after}",),
-                    remaining=f"[ {', '.join(map(str, bits[place + 1 :]))} ]",
-                )
-            )
-            parity = after
-        answer = "No" if parity else "Yes"
+        answer = "No" if sum(bits) % 2 else "Yes"
         problem = f"Is the number of 1's even in the sequence [ {', '.join(map(str, bits))} ] ? "
-        return Example(problem, f"The answer is {answer}.", answer, tuple(steps))
+        return Example(problem, f"The answer is {answer}.", answer, LaterSteps(partial(_steps, bits)))
 
     def answer(self, target: str) -> str | None:
         return (stated(target) or "").capitalize() or None
+
+
+def _steps(bits: Sequence[int]) -> Iterator[Step]:
+    parity = 0
+    for place, bit in enumerate(bits):
+        after = bit ^ parity
+        yield Step(
+            input=str(bit),
+            computation=f"{bit} ** par = {bit} ** {parity}",
+            output=str(after),
+            variables=(f"par: {after}",),
+            remaining=f"[ {', '.join(map(str, bits[place + 1 :]))} ]",
+        )
+        parity = after

@@ -1,10 +1,11 @@
 """Evaluating a polynomial, modulo 10."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from random import Random
 from string import digits
 
-from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.base import Example, LaterSteps, Step, Task
 from lookfar.tasks.symbols import words
 from lookfar.tasks.wording import check_length, spell, stated_number
 
@@ -32,23 +33,29 @@ class Polynomial(Task):
 
     def problem(self, x: int, terms: Sequence[tuple[int, int]]) -> Example:
         """The problem of these terms, each a coefficient and a degree."""
-        written = [f"{spell(coefficient)} * x ** {degree}" for coefficient, degree in terms]
-        total, steps = 0, []
-        for place, (coefficient, degree) in enumerate(terms):
-            power, value, factor = x**degree, coefficient * x**degree, spell(coefficient)
-            after = (total + value) % 10
-            steps.append(
-                Step(
-                    input=written[place],
-                    computation=f"{factor} * {spell(x)} ** {degree} = {factor} * {spell(power)}",
-                    output=spell(value),
-                    variables=(f"sum: {total} + {spell(value)} = {after}",),
-                    remaining=" + ".join(written[place + 1 :]),
-                )
-            )
-            total = after
-        problem = f"Evaluate at x = {spell(x)} in {' + '.join(written)} ? "
-        return Example(problem, f"The answer is {total}.", str(total), tuple(steps))
+        total = sum(coefficient * x**degree for coefficient, degree in terms) % 10
+        problem = f"Evaluate at x = {spell(x)} in {' + '.join(map(_written, terms))} ? "
+        return Example(problem, f"The answer is {total}.", str(total), LaterSteps(partial(_steps, x, terms)))
 
     def answer(self, target: str) -> str | None:
         return stated_number(target)
+
+
+def _written(term: tuple[int, int]) -> str:
+    coefficient, degree = term
+    return f"{spell(coefficient)} * x ** {degree}"
+
+
+def _steps(x: int, terms: Sequence[tuple[int, int]]) -> Iterator[Step]:
+    total = 0
+    for place, (coefficient, degree) in enumerate(terms):
+        power, value, factor = x**degree, coefficient * x**degree, spell(coefficient)
+        after = (total + value) % 10
+        yield Step(
+            input=_written(terms[place]),
+            computation=f"{factor} * {spell(x)} ** {degree} = {factor} * {spell(power)}",
+            output=spell(value),
+            variables=(f"sum: {total} + {spell(value)} = {after}",),
+            remaining=" + ".join(map(_written, terms[place + 1 :])),
+        )
+        total = after

@@ -10,7 +10,7 @@ from lookfar.tasks.encoding import Encoded, correct, encode, vocabulary_of
 from lookfar.tasks.scratchpad import Scratchpad
 from lookfar.tasks.sets import PATIENCE, Split
 
-SAMPLE = 256  # problems of a length that are looked at for its longest
+SAMPLE = 256  # problems of a length, at least, that are looked at for its longest
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Problems:
         scratchpad: the parts of the steps that are written before the answer; None: the answer alone.
         bos: whether every problem begins with the same token.
         held_out: the part of the problems of the trained lengths that is kept for measuring.
+        examples: how many problems of a length will be measured.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Problems:
         scratchpad: str | None = None,
         bos: bool = True,
         held_out: float = 0.1,
+        examples: int = SAMPLE,
     ) -> None:
         terms = plugins.parse(expression)
         if len(terms) != 1:
@@ -47,6 +49,7 @@ class Problems:
         self.task: Task = plugins.build("tasks", terms[0])
         self.scratchpad = None if scratchpad is None else Scratchpad(scratchpad)
         self.bos = bos
+        self.examples = examples
         self.split = Split(self.task, lengths, held_out=held_out)
         self.vocabulary = vocabulary_of(self.task, self.scratchpad)
         self._tokens: dict[int, int] = {}  # of the longest problem of a length
@@ -78,14 +81,16 @@ class Problems:
         return [Problem(each, self._encode(each)) for each in self.split.measured(length, count)]
 
     def tokens(self, length: int) -> int:
-        """The most tokens that a problem of this length has among a few."""
+        """The most tokens that a problem of this length has, among all that will be measured and a few more."""
         if length not in self._tokens:
-            some = self.measured(length, SAMPLE)
+            some = self.split.measured(length, max(SAMPLE, self.examples))
             if not some:
                 raise UserError(
                     f"{self.label} has no problem of length {length} that is not trained on; leave the length out."
                 )
-            self._tokens[length] = max(len(each.encoded.tokens) for each in some)
+            self._tokens[length] = max(
+                len(self._encode(each, checked=place < SAMPLE).tokens) for place, each in enumerate(some)
+            )
         return self._tokens[length]
 
     def correct(self, problem: Problem, written: str) -> bool:

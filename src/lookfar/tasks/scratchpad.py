@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from lookfar.errors import UserError
 from lookfar.tasks.base import Example, Step
@@ -39,8 +40,11 @@ class Scratchpad:
             _START, _BETWEEN, _END, ",", *(mark for pair in _MARKS.values() for mark in pair)
         )
         self.names = [PARTS[each] for each in self.parts]
-        marks = {name: [re.escape(mark.strip()) for mark in _MARKS[name]] for name in self.names}
-        self._step = re.compile("".join(rf"{start}(?P<{name}>.*?){end}\s*" for name, (start, end) in marks.items()))
+        marks = [[re.escape(mark.strip()) for mark in _MARKS[name]] for name in self.names]
+        ends, starts = [r"\A", *(end for _, end in marks)], [*(start for start, _ in marks), r"\Z"]
+        self._borders = [
+            re.compile(rf"{end}\s*{start}" if end else start) for end, start in zip(ends, starts, strict=True)
+        ]
 
     def write(self, example: Example) -> str:
         """What a model writes for an example: its steps and then its target.
@@ -63,10 +67,11 @@ class Scratchpad:
 
         `input`, `computation`, … for each part of the format: the steps that have it right; `steps`: those that have
         all parts right. All are 0 where the number of steps differs or one of them cannot be read. `failed`: the
-        written steps that cannot be read, to those of the example; 1 where there is no scratchpad.
+        written steps that cannot be read, to all that are written or to those of the example, whichever are more; 1
+        where there is no scratchpad.
         """
         found, gold = self.read(written), [self._read(self._write(each)) for each in example.steps]
-        failed = sum(each is None for each in found) / len(gold) if found else 1.0
+        failed = sum(each is None for each in found) / max(len(found), len(gold)) if found else 1.0
         if failed or len(found) != len(gold):
             return dict.fromkeys((*self.names, "steps"), 0.0) | {"failed": failed}
         pairs = list(zip(found, gold, strict=True))
@@ -86,10 +91,15 @@ class Scratchpad:
         return " ".join(written)
 
     def _read(self, step: str) -> Step | None:
-        found = self._step.fullmatch(step.strip())
-        if found is None:
-            return None
-        parts = {name: " ".join(value.split()) for name, value in found.groupdict().items()}
+        step, spans, place = step.strip(), [], 0
+        for border in self._borders:  # each at its first place after the one before: nothing is tried twice
+            found = border.search(step, place)
+            if found is None:
+                return None
+            spans.append(found.span())
+            place = found.end()
+        values = [step[end:start] for (_, end), (start, _) in pairwise(spans)]
+        parts = {name: " ".join(value.split()) for name, value in zip(self.names, values, strict=True)}
         variables = tuple(each.strip() for each in parts.pop("variables").split(",")) if "variables" in parts else None
         return Step(**parts, variables=variables)
 

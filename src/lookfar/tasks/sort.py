@@ -1,12 +1,13 @@
 """Sorting a list of symbols or of numbers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from random import Random
 from string import digits
 from typing import Literal
 
-from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.base import Example, LaterSteps, Step, Task
 from lookfar.tasks.symbols import SYMBOLS, words
 from lookfar.tasks.wording import check_length, spell
 
@@ -42,26 +43,27 @@ class Sort(Task):
         """The problem of these items: symbols, or numbers in decimal digits."""
         rank = ORDERED.index if self.digits == "single" else int
         ranked = [(rank(item), spell(item)) for item in items]
-        rest, steps = [*ranked], []
-        while rest:
-            head, least = rest[0], min(rest)
-            rest[rest.index(least)] = head
-            del rest[0]
-            steps.append(
-                Step(
-                    input=head[1],
-                    computation="The minimum of the unsorted portion",
-                    output=least[1],
-                    remaining=f"[ {_list(rest)} ]",
-                )
-            )
         answer = _list(sorted(ranked))
         problem = f"Sort the following list [ {_list(ranked)} ]. "
-        return Example(problem, f"The sorted list is [ {answer} ].", answer, tuple(steps))
+        return Example(problem, f"The sorted list is [ {answer} ].", answer, LaterSteps(partial(_steps, ranked)))
 
     def answer(self, target: str) -> str | None:
         found = re.findall(r"The sorted list is\s*\[([^\]]*)\]", target)
         return ", ".join(" ".join(item.split()) for item in found[-1].split(",")) if found else None
+
+
+def _steps(ranked: Sequence[tuple[int, str]]) -> Iterator[Step]:
+    rest = [*ranked]
+    while rest:
+        head, least = rest[0], min(rest)
+        rest[rest.index(least)] = head
+        del rest[0]
+        yield Step(
+            input=head[1],
+            computation="The minimum of the unsorted portion",
+            output=least[1],
+            remaining=f"[ {_list(rest)} ]",
+        )
 
 
 def _list(ranked: Sequence[tuple[int, str]]) -> str:

@@ -1,10 +1,11 @@
 """Adding up many digits, modulo 10."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from random import Random
 from string import digits
 
-from lookfar.tasks.base import Example, Step, Task
+from lookfar.tasks.base import Example, LaterSteps, Step, Task
 from lookfar.tasks.symbols import words
 from lookfar.tasks.wording import SEPARATOR, check_length, spell, stated_number
 
@@ -29,21 +30,23 @@ class Summation(Task):
 
     def problem(self, terms: Sequence[int]) -> Example:
         """The problem of these digits."""
-        total, steps = 0, []
-        for place, term in enumerate(terms):
-            output, after = term + total, (term + total) % 10
-            steps.append(
-                Step(
-                    input=str(term),
-                    computation=f"{term} + sum = {term} + {total} =",
-                    output=spell(output),
-                    variables=(f"sum: {spell(output)} = {after}",),
-                    remaining=" + ".join(map(str, terms[place + 1 :])),
-                )
-            )
-            total = after
+        total = sum(terms) % 10
         problem = f"Compute: {' + '.join(map(str, terms))} .{SEPARATOR}"
-        return Example(problem, f"The answer is {total} .", str(total), tuple(steps))
+        return Example(problem, f"The answer is {total} .", str(total), LaterSteps(partial(_steps, terms)))
 
     def answer(self, target: str) -> str | None:
         return stated_number(target)
+
+
+def _steps(terms: Sequence[int]) -> Iterator[Step]:
+    total = 0
+    for place, term in enumerate(terms):
+        output, after = term + total, (term + total) % 10
+        yield Step(
+            input=str(term),
+            computation=f"{term} + sum = {term} + {total} =",
+            output=spell(output),
+            variables=(f"sum: {spell(output)} = {after}",),
+            remaining=" + ".join(map(str, terms[place + 1 :])),
+        )
+        total = after

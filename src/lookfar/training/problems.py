@@ -14,13 +14,16 @@ from torch import Tensor
 from lookfar.config import EvaluationConfig, Run, TaskConfig
 from lookfar.data.tokenizers import Tokenizer, Tokens, load_tokenizer
 from lookfar.errors import UserError
+from lookfar.tasks.base import Task
 from lookfar.tasks.encoding import Encoded
 from lookfar.tasks.numbering import DigitPositions, find
 from lookfar.tasks.problems import Problems
-from lookfar.tasks.sets import buckets
+from lookfar.tasks.sets import existing, expected, lost, refusal
 from lookfar.tasks.symbols import EOS, PADDING, Vocabulary
 from lookfar.training import folder as run_folder
 from lookfar.training import schedules
+
+FACTOR = 2  # of the longest length in task.lengths: how far a run is measured by default
 
 
 class SymbolTokenizer(Tokenizer):
@@ -86,14 +89,14 @@ def problems_of(config: TaskConfig) -> Problems:
         UserError: no such task, length or scratchpad.
     """
     assert config.name is not None
-    return _problems(config.name, config.lengths, config.scratchpad, config.bos, config.held_out)
+    return _problems(config.name, config.lengths, config.scratchpad, config.bos, config.held_out, config.examples)
 
 
 @lru_cache(maxsize=64)  # a study asks for the same again and again
 def _problems(
-    name: str, lengths: tuple[int, ...] | None, scratchpad: str | None, bos: bool, held_out: float
+    name: str, lengths: tuple[int, ...] | None, scratchpad: str | None, bos: bool, held_out: float, examples: int
 ) -> Problems:
-    return Problems(name, lengths=lengths, scratchpad=scratchpad, bos=bos, held_out=held_out)
+    return Problems(name, lengths=lengths, scratchpad=scratchpad, bos=bos, held_out=held_out, examples=examples)
 
 
 def check(run: Run) -> None:
@@ -112,8 +115,7 @@ def check(run: Run) -> None:
         raise UserError("A task is measured at the end of a run alone; give the schedule one budget.")
     if run.evaluation.numbering != "consecutive":
         raise UserError("Answers are written token by token, numbered as they come; leave evaluation.numbering out.")
-    for length in lengths(run, problems):
-        problems.task.example(length, Random(0))  # refuses a length that there is not
+    _check_lengths(run, problems)
     longest = most_tokens(problems, sorted(set(problems.split.lengths))[-3:])
     if longest - 1 > run.model.context:
         raise UserError(
@@ -122,18 +124,56 @@ def check(run: Run) -> None:
         )
 
 
+def _check_lengths(run: Run, problems: Problems) -> None:
+    """Raise where a length cannot be measured, or is missing from those that a run has by default."""
+    task = problems.task
+    for length in run.evaluation.lengths or ():
+        task.example(length, Random(0))  # refuses a length that there is not
+        if not problems.measured(length, 1):
+            raise UserError(
+                f"{problems.label} has no problem of length {length} that is not trained on; "
+                "leave it out of evaluation.lengths."
+            )
+    if run.task.lengths is None:
+        _refuse_lost(task, task.trained, "task.lengths")
+    if run.evaluation.lengths is None:
+        _refuse_lost(task, _by_default(run, problems), "evaluation.lengths")
+    trained = set(problems.split.lengths)
+    for length in trained:
+        problems.split.drawn(length, Random(0))  # refuses one whose problems are all held out
+    if not any(problems.measured(length, 1) for length in trained):
+        raise UserError(
+            f"{problems.label} has too few problems of its trained lengths to hold any out; "
+            "train on longer ones too by task.lengths, or set task.held_out higher."
+        )
+
+
+def _refuse_lost(task: Task, wanted: Sequence[int], key: str) -> None:
+    """Raise where the settings of a task take lengths from those that it has by default."""
+    if missing := lost(task, wanted):
+        raise UserError(f"{refusal(task, missing[-1])} Or state {key}, such as {key}={existing(task, wanted)}.")
+
+
 def digits(run: Run) -> DigitPositions | None:
     """The numbers of the digits of a run's problems, or None where it does not number them.
 
     Raises:
-        UserError: the task does not suit them, or trains longer numbers than they have.
+        UserError: the task does not suit them, or trains or measures longer numbers than they have.
     """
     found = find(run.training.numbering, problems_of(run.task))
-    if found is not None and (needed := found.reach(sorted(set(found.problems.split.lengths))[-3:])) > found.largest:
-        name = run.training.numbering.partition("(")[0]
+    if found is None:
+        return None
+    label, name = found.problems.label, run.training.numbering.partition("(")[0]
+    if (needed := found.reach(sorted(set(found.problems.split.lengths))[-3:])) > found.largest:
         raise UserError(
-            f"{found.problems.label} is trained on numbers that reach {needed}, beyond largest={found.largest}; "
+            f"{label} is trained on numbers that reach {needed}, beyond largest={found.largest}; "
             f"set training.numbering='{name}(largest={needed})' or more."
+        )
+    if (needed := found.reach(lengths(run, found.problems)[-3:])) > found.largest:
+        raise UserError(
+            f"{label} is measured on numbers that reach {needed}, and no training meets those beyond "
+            f"largest={found.largest}; set training.numbering='{name}(largest={needed})', "
+            "or list shorter ones in evaluation.lengths."
         )
     return found
 
@@ -144,10 +184,19 @@ def most_tokens(problems: Problems, lengths: Sequence[int]) -> int:
 
 
 def lengths(run: Run, problems: Problems) -> list[int]:
-    """The lengths that a run is measured at, in order: by default all that its task trains and tests."""
+    """The lengths that a run is measured at, in order.
+
+    By default all that its task trains and tests; where `task.lengths` are stated, these and longer ones to twice the
+    longest of them.
+    """
     if run.evaluation.lengths is not None:
         return sorted(set(run.evaluation.lengths))
-    return buckets(problems.task, times=1)
+    return existing(problems.task, _by_default(run, problems))
+
+
+def _by_default(run: Run, problems: Problems) -> list[int]:
+    """The lengths to measure where none are stated, with those that the task has no problem of."""
+    return expected(problems.task, 1 if run.task.lengths is None else FACTOR, run.task.lengths)
 
 
 def inputs_of(scored: Bool[Tensor, "b l"]) -> Int[Tensor, "b t"]:
