@@ -92,7 +92,13 @@ def test_a_recipe_trains_two_updates_for_real_when_small(name, book, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "runs"),
-    [("length_small", 60), ("scratchpad_small", 8), ("length_paper", 255), ("schedules", 24), ("demo", 8)],
+    [
+        ("length_small", 60),
+        ("scratchpad_small", 8),
+        pytest.param("length_paper", 255, marks=pytest.mark.long),
+        ("schedules", 24),
+        ("demo", 8),
+    ],
 )
 def test_every_run_of_a_study_could_be_trained(name, runs):
     planned = expand(config.read(RECIPES / f"{name}.toml", (), config.Study))
