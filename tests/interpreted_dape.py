@@ -112,6 +112,14 @@ def test_values_may_be_wider_than_keys():
     compare(FEW, scheme, sight, shape)
 
 
+def test_an_empty_batch_gives_nothing():
+    shape = Shape(13, batch=0)
+    scheme, sight = scheme_of("kerple + dape_v2 + learned_sink", shape).float(), shape.sight()
+    given = tensors(scheme, shape.tokens, 0, dtype=torch.float32)
+    found, expected = (results(attend, given, sight, scheme) for attend in (FEW.attend, reference.attend))
+    assert all(torch.equal(found[what], expected[what]) for what in expected)
+
+
 def test_the_same_call_gives_the_same_bits():
     shape = Shape(19)
     scheme, sight = scheme_of("kerple + dape_v2 + learned_sink", shape).float(), shape.sight()

@@ -8,6 +8,7 @@ import copy
 import itertools
 import os
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lookfar.attention import reference
 from lookfar.attention.scheme import build_scheme
 from lookfar.kernels.base import Call
 from lookfar.kernels.distance import Distance
-from lookfar.kernels.programs.distance_blocks import Blocks
+from lookfar.kernels.programs.distance_blocks import PIECE, Blocks
 from lookfar.sight import Sight
 from test_kernels import Shape, leaves, results, scheme_of
 from test_laws import randomised, tensors
@@ -249,6 +250,41 @@ def test_tensors_may_lie_anywhere():
     assert_near(*found)
     flipped = together.detach().transpose(1, 2).mT.contiguous().mT  # the numbers of a row lie apart
     assert_near(*(attend(*flipped.split(3, dim=1), sight, scheme) for attend in (SMALL.attend, reference.attend)))
+
+
+@pytest.mark.parametrize("far", ["tokens", "heads"])
+def test_rows_may_lie_further_apart_than_32_bits_tell(far):
+    """Keys and values are a view of memory that is hardly touched, and so takes no room."""
+    shape, step = Shape(17, heads=3, groups=3, head_width=16), 1 << 27
+    scheme, sight = scheme_of("kerple", shape), shape.sight()
+    given = tensors(scheme, 17, 1, dtype=torch.bfloat16)
+    room = torch.empty(16 * step + 512, dtype=torch.bfloat16)
+    apart = room.as_strided(given.keys.shape, (0, 16, step, 1) if far == "tokens" else (0, 8 * step, 16, 1))
+    apart.copy_(given.keys)
+    found = []
+    for keys in (apart, given.keys):
+        own = [given.queries.clone().requires_grad_(), keys.detach().requires_grad_()]
+        output = SMALL.attend(own[0], own[1], own[1], sight, scheme)
+        with torch.no_grad():
+            last = SMALL.attend(own[0][:, :, 16:], own[1], own[1], sight.rows(16, 17), scheme)
+        found.append([output, last, *torch.autograd.grad(output.float().square().sum(), own)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("place", ["thirteen", "decode"])
+def test_an_empty_batch_gives_nothing(place):
+    shape = replace(SHAPES[place], batch=0)
+    scheme, sight = scheme_of("learned_sink + kerple", shape), shape.sight()
+    given = tensors(scheme, shape.tokens, 0, shape.queries, dtype=torch.float32)
+    found, expected = (results(attend, given, sight, scheme) for attend in (SMALL.attend, reference.attend))
+    assert all(torch.equal(found[what], expected[what]) for what in expected)
+    with torch.no_grad():
+        assert SMALL.attend(given.queries, given.keys, given.values, sight, scheme).shape == given.queries.shape
+
+
+def test_many_parts_of_a_row_are_merged():
+    shape = Shape(16 * PIECE + 20, queries=1, heads=1, groups=1)
+    assert_is_the_definition(Distance(blocks=Blocks(16, 16)), scheme_of("learned_sink + kerple", shape), shape)
 
 
 def test_tiles_that_nobody_sees_are_not_visited():

@@ -57,6 +57,7 @@ def test_dape_is_taken_on_a_gpu(expression, dtype):
         ("dape_v2", {"slots": True}, "a slot is not in the text"),
         ("dape_v2", {"scattered": True}, "need not be neighbours"),
         ("kerple + dape_v1", {"steady": False}, "not always the number of places"),
+        ("kerple + dape_v1", {"batch": 65_536}, "a batch of 65,536 is more than the 65,535 that a GPU starts at once"),
         ("kerple + dape_v1", {"device": "cpu"}, "no programs for the device cpu"),
         ("kerple + dape_v1", {"device": "mps"}, "no programs for the device mps"),
     ],

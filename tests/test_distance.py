@@ -52,12 +52,13 @@ def test_interpreted_programs_in_the_blocks_of_a_gpu_are_the_definition():
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is a Linux package")
 def test_every_program_compiles_for_a_gpu_and_spills_little():
-    found = run("-m", "benchmarks.programs", "--only", "distance")
+    """Those of DAPE, too, where a net of three taps is allowed more."""
+    found = run("-m", "benchmarks.programs")
     assert found.returncode == 0, found.stdout + found.stderr
-    rows = [line for line in found.stdout.splitlines() if line.startswith("name distance")]
-    assert len(rows) > 30
+    rows = [line for line in found.stdout.splitlines() if line.startswith("name ")]
+    assert len([row for row in rows if "distance" in row]) > 30 and len([row for row in rows if "dape" in row]) > 10
     for row in rows:
-        assert int(row.partition("spilled_bytes ")[2].split()[0]) <= 512, row
+        assert int(row.partition("spilled_bytes ")[2].split()[0]) <= (1024 if "3 taps" in row else 512), row
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ def test_every_program_compiles_for_a_gpu_and_spills_little():
         ("kerple", {"slots": True}, "a slot is not in the text"),
         ("kerple", {"causal": False}, "keys ahead are seen"),
         ("kerple", {"steady": False}, "not the number of places"),
+        ("kerple", {"batch": 65_536}, "a batch of 65,536 is more than the 65,535 that a GPU starts at once"),
     ],
 )
 def test_a_refusal_says_why(expression, call, reason, monkeypatch):

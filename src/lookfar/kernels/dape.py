@@ -19,6 +19,7 @@ PAIRS = 1 << 23  # of query and key, over the batch, that a strip holds
 ROWS = 16  # queries of a strip, at least
 TYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_HEADS, MOST_HIDDEN, MOST_TAPS, WIDEST = 32, 64, 7, 256
+MOST_LINES = (1 << 16) - 1  # of a batch, which is an axis of a grid
 MOST_WEIGHTS = 1 << 13  # of one matrix over the unfolded row; the gradient holds four
 
 
@@ -110,6 +111,8 @@ def _refused_call(call: Call) -> str | None:
         return "the keys that a query sees need not be neighbours"
     if not call.steady:
         return "a distance is not always the number of places between two tokens"
+    if call.batch > MOST_LINES:
+        return f"a batch of {call.batch:,} is more than the {MOST_LINES:,} that a GPU starts at once"
     if call.dtype not in TYPES:
         return f"it computes in float32, and the input is {call.dtype}"
     if importlib.util.find_spec("triton") is None:

@@ -17,7 +17,7 @@ class Tiles:
     """How the work on a strip is divided."""
 
     keys: int = 64  # of one query, all heads together, in one step of the net
-    exact: int = 16  # the same in its gradient in float32, whose products are not those of tensor cores
+    exact: int = 16  # the same in float32, whose products are not those of tensor cores
     side: int = 64  # queries and keys of one instance of the softmax's gradient
     rows: int = 16  # queries of one instance of the softmax
     block: int = 64  # keys of one step of the softmax
@@ -188,7 +188,7 @@ class _Work:
         self.forward: Any = dape_forward
         self.backward: Any = dape_backward
         self.precision, self.fine = ("ieee", "ieee") if self.queries.dtype == torch.float32 else ("tf32", "tf32x3")
-        self.back = min(plan.tiles.keys, plan.tiles.exact) if self.precision == "ieee" else plan.tiles.keys
+        self.block = min(plan.tiles.keys, plan.tiles.exact) if self.precision == "ieee" else plan.tiles.keys
 
     def scores(self, strip: Strip) -> Float[Tensor, "b h r w"]:
         """The products of queries and keys, in the type of the input and not yet scaled, as in the definition."""
@@ -196,12 +196,12 @@ class _Work:
 
     def rewritten(self, strip: Strip, scores: Float[Tensor, "b h r w"]) -> Float[Tensor, "b h r w"]:
         """The final scores where keys are seen."""
-        rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip, self.plan.tiles.keys)
+        rewritten, items = torch.empty_like(scores, dtype=torch.float32), self._items(strip, self.block)
         self.forward.rewrite[(min(items, self.plan.tiles.instances),)](
             *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
             *(self.second, self.second_bias, self.begins, self.ends, rewritten),
             *self._sizes(strip, items),
-            **self._constants(self.plan.tiles.keys),
+            **self._constants(self.block),
             keeps=self.plan.net.keeps,
             fine=self.fine,
         )
@@ -210,7 +210,7 @@ class _Work:
     def average(self, strip: Strip, rewritten: Tensor, outputs: Tensor, logsumexps: Tensor) -> None:
         """Writes the rows of outputs and log-sum-exps that belong to the strip."""
         tiles = self.plan.tiles
-        self.forward.average[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+        self.forward.average[-(-strip.rows // tiles.rows), *self._maps()](
             *(rewritten, self.values, self.sink, self.begins, self.ends, outputs, logsumexps),
             *self._softmax_sizes(strip),
             **self._softmax_constants(),
@@ -225,7 +225,7 @@ class _Work:
     ) -> None:
         """Writes the products of the rows of weights and of their gradients."""
         tiles = self.plan.tiles
-        self.backward.row_products[(-(-strip.rows // tiles.rows), self.queries.shape[0] * self.plan.net.heads)](
+        self.backward.row_products[-(-strip.rows // tiles.rows), *self._maps()](
             *(rewritten, self.values, towards, logsumexps, self.begins, self.ends, products),
             *self._softmax_sizes(strip),
             **self._softmax_constants(),
@@ -239,8 +239,7 @@ class _Work:
     ) -> Float[Tensor, "b h r w"]:
         """The softmax weights; the gradient of the final scores takes the place of these."""
         weights, side = torch.empty_like(rewritten, dtype=self.values.dtype), self.plan.tiles.side
-        grid = (-(-strip.width // side), -(-strip.rows // side), self.queries.shape[0] * self.plan.net.heads)
-        self.backward.weigh[grid](
+        self.backward.weigh[-(-strip.width // side) * -(-strip.rows // side), *self._maps()](
             *(rewritten, self.values, towards, products, logsumexps, self.begins, self.ends, weights),
             *self._softmax_sizes(strip),
             **self._softmax_constants(),
@@ -258,13 +257,13 @@ class _Work:
 
     def hidden_gradient(self, strip: Strip, scores: Tensor, towards: Tensor, sums: list[Tensor]) -> Tensor:
         """Of the hidden map before its LeakyReLU, `[b hidden r w]`; gradients of weights are added to `sums`."""
-        items, shape = self._items(strip, self.back), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
+        items, shape = self._items(strip, self.block), (scores.shape[0], self.plan.net.hidden_padded, *scores.shape[2:])
         of_hidden = scores.new_empty(shape, dtype=torch.float32)
         self.backward.hidden_gradient[(min(items, self.plan.tiles.partial),)](
             *(scores, self.table, self.lift, self.first_scores, self.first_table, self.first_bias),
             *(self.second, self.begins, self.ends, towards, of_hidden, *sums),
             *self._sizes(strip, items),
-            **self._constants(self.back),
+            **self._constants(self.block),
             fine=self.fine,
             num_warps=8,
         )
@@ -272,11 +271,11 @@ class _Work:
 
     def score_gradient(self, strip: Strip, of_hidden: Tensor, towards: Tensor) -> Float[Tensor, "b h r w"]:
         """Of the products of queries and keys; that of the bias takes the place of `towards`."""
-        of_scores, items = torch.empty_like(towards, dtype=self.queries.dtype), self._items(strip, self.back)
+        of_scores, items = torch.empty_like(towards, dtype=self.queries.dtype), self._items(strip, self.block)
         self.backward.score_gradient[(min(items, self.plan.tiles.instances),)](
             *(of_hidden, towards, self.first_scores, self.first_table, self.begins, self.ends, of_scores),
             *(self.plan.scale, *self._place(strip), items),
-            **self._constants(self.back),
+            **self._constants(self.block),
             keeps=self.plan.net.keeps,
             num_warps=8,
         )
@@ -303,6 +302,9 @@ class _Work:
 
     def _items(self, strip: Strip, block: int) -> int:
         return self.queries.shape[0] * strip.rows * -(-strip.width // block)
+
+    def _maps(self) -> tuple[int, int]:
+        return self.plan.net.heads, self.queries.shape[0]
 
     def _place(self, strip: Strip) -> tuple[int, ...]:
         return strip.rows, strip.width, strip.start, strip.first, self.queries.shape[2]

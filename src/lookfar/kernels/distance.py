@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 WIDEST = 256  # of keys and values
+MOST_LINES = (1 << 16) - 1  # of a batch, which is an axis of a grid
 ROWS = 64  # queries of heads that share a key head up to which keys are divided among programs
 LONGER = 16  # tables are a multiple of this long, so that few lengths occur
 LOG2E = math.log2(math.e)
@@ -44,6 +45,8 @@ class Distance(Kernel):
             return "it runs on a GPU"
         if call.dtype not in TYPES:
             return f"{call.dtype} is none of its types: {', '.join(TYPES.values())}"
+        if call.batch > MOST_LINES:
+            return f"a batch of {call.batch:,} is more than the {MOST_LINES:,} that a GPU starts at once"
         if scheme.maps:
             return f"{type(scheme.maps[0]).__name__} rewrites the scores"
         if not scheme.by_distance:

@@ -31,9 +31,10 @@ def row_products(rewritten, values, towards, logsumexps, begins, ends, products,
 
     The rounded outputs would give them, too, but then the gradients of a row's scores would not add up to nothing.
     """
-    line, map_of = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(1)
+    line, batch = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(2)
+    map_of = batch * heads + tl.program_id(1)
     inside, column = line < rows, tl.arange(0, value_padded)
-    query = map_of // heads * queries + start + line
+    query = batch * queries + start + line
     begin, end = tl.load(begins + query, inside, other=2**30), tl.load(ends + query, inside, other=-1)
     own = map_of.to(tl.int64) * queries + start + line
     asked = inside[:, None] & (column < value_width)[None, :]
@@ -58,9 +59,11 @@ def weigh(rewritten, values, towards, products, logsumexps, begins, ends, weight
           total_keys, value_width, heads: tl.constexpr, value_padded: tl.constexpr, side: tl.constexpr,
           precision: tl.constexpr, widen: tl.constexpr):  # fmt: skip
     """Softmax weights of a strip, 0 for hidden keys, and the gradient of the final scores in the place of these."""
-    tile, line, map_of = tl.program_id(0), tl.program_id(1) * side + tl.arange(0, side), tl.program_id(2)
+    tiles, batch = tl.cdiv(width, side), tl.program_id(2)
+    tile, line = tl.program_id(0) % tiles, tl.program_id(0) // tiles * side + tl.arange(0, side)
+    map_of = batch * heads + tl.program_id(1)
     inside, column = line < rows, tl.arange(0, value_padded)
-    query = map_of // heads * queries + start + line
+    query = batch * queries + start + line
     begin, end = tl.load(begins + query, inside, other=2**30), tl.load(ends + query, inside, other=-1)
     own = map_of.to(tl.int64) * queries + start + line
     keys = first + tile * side + tl.arange(0, side)

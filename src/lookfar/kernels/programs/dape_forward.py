@@ -54,14 +54,16 @@ def before_leak(scores, stride, table, lift, diagonals, keys, low, high, first, 
     What the bias adds to it is known by distance, `lift`, where the row goes on at both sides. `fine` is the precision
     of products with what a bias may have made large.
     """
+    if biased:  # Triton 3.6 cannot compile a branch that adds a product to a sum
+        if (low - taps // 2 >= begin) & (high + taps // 2 <= end + 1):
+            of_bias = tl.load(lift + tl.arange(0, channels)[None, :] * diagonals + (keys - longest)[:, None])
+        else:
+            bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
+            of_bias = tl.dot(bias, matrix(first_table, taps_padded * padded, channels), input_precision=fine)
     seen = unfold(scores, stride, keys, first, begin, end, heads, padded, taps, taps_padded, 1)
     before = tl.dot(seen * scale, weights, input_precision=precision) + first_bias[None, :]
     if biased:
-        if (low - taps // 2 >= begin) & (high + taps // 2 <= end + 1):
-            before += tl.load(lift + tl.arange(0, channels)[None, :] * diagonals + (keys - longest)[:, None])
-        else:
-            bias = unfold(table, diagonals, keys, longest, begin, end, heads, padded, taps, taps_padded, 1)
-            before = tl.dot(bias, matrix(first_table, taps_padded * padded, channels), before, input_precision=fine)
+        before += of_bias
     return before
 
 
@@ -113,9 +115,10 @@ def average(rewritten, values, sink, begins, ends, outputs, logsumexps, rows, wi
             value_width, heads: tl.constexpr, value_padded: tl.constexpr, sunk: tl.constexpr, side: tl.constexpr,
             block: tl.constexpr, precision: tl.constexpr, widen: tl.constexpr):  # fmt: skip
     """Softmax over the final scores of a strip, with the sink as its first entry, and the weighted sum of values."""
-    line, map_of = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(1)
+    line, batch = tl.program_id(0) * side + tl.arange(0, side), tl.program_id(2)
+    map_of = batch * heads + tl.program_id(1)
     inside, column = line < rows, tl.arange(0, value_padded)
-    query = map_of // heads * queries + start + line
+    query = batch * queries + start + line
     begin, end = tl.load(begins + query, inside, other=2**30), tl.load(ends + query, inside, other=-1)
     own = map_of.to(tl.int64) * queries + start + line
     highest, total = tl.full([side], float("-inf"), tl.float32), tl.zeros([side], tl.float32)
@@ -159,6 +162,7 @@ def samples() -> list[Sample]:
         for taps, padded in ((1, 1), (3, 4)):
             constants = WIDE | {"taps": taps, "taps_padded": padded, "keeps": True}
             constants |= {"precision": precision, "fine": fine}
+            constants |= {"block": 16} if precision == "ieee" else {}
             found.append(Sample(f"dape rewrite, {kind}, {taps} taps", rewrite, types, constants, stages=1))
         types = {"rewritten": "*fp32", "values": f"*{kind}", "sink": "*fp32", "begins": "*i32", "ends": "*i32"}
         types |= {"outputs": f"*{kind}", "logsumexps": "*fp32"}

@@ -8,6 +8,7 @@ import torch
 from lookfar.kernels.programs.samples import Sample
 
 PROGRAMS = 512  # programs that keep a large GPU busy: where a program adds to sums of its own, no more are started
+PIECE = 32  # parts of a row that are merged at once
 PAD = 256  # entries of a table before distance 0 and after the longest, so that no lookup in a tile is checked
 
 
@@ -47,8 +48,8 @@ LEARNED = {  # queries and the table: a warp turns a row of 32 numbers by one sh
     (4, 256): Blocks(16, 16, 8, 1),
 }
 BACKWARD_KEYS = {
-    (2, 64): Blocks(64, 64, 4, 2),
-    (2, 128): Blocks(64, 64, 8, 2),
+    (2, 64): Blocks(32, 128, 8, 2),
+    (2, 128): Blocks(32, 128, 8, 2),
     (2, 256): Blocks(32, 32, 8, 2),
     (4, 64): Blocks(32, 32, 8, 1),
     (4, 128): Blocks(16, 16, 4, 1),

@@ -6,7 +6,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from lookfar.kernels.programs.distance_blocks import DECODE, Blocks, of_kind
+from lookfar.kernels.programs.distance_blocks import DECODE, PIECE, PROGRAMS, Blocks, of_kind
 from lookfar.kernels.programs.distance_tiles import (
     PAD,
     looked_up,
@@ -73,8 +73,7 @@ def decode(
     """
     key_heads: tl.constexpr = GROUPS * MAPS if OWN_KEYS else GROUPS
     split, splits = tl.program_id(0), tl.num_programs(0)
-    line = (tl.program_id(1) // key_heads).to(tl.int64)
-    key_head = tl.program_id(1) % key_heads
+    key_head, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys += line * stride_kb + key_head * stride_kh
     values += line * stride_vb + (key_head % GROUPS) * stride_vh
     rows = tl.arange(0, BLOCK_R)
@@ -83,8 +82,8 @@ def decode(
     heads = score_head_of(key_head, tl.where(real, rows // queries_count, 0), HEADS, GROUPS, OWN_KEYS)
     places = ahead + numbers
     columns = tl.arange(0, BLOCK_E)
-    at = queries + line * stride_qb + heads[:, None] * stride_qh + numbers[:, None] * stride_qt + columns[None, :]
-    asked = tl.load(at, mask=real[:, None] & (columns[None, :] < WIDTH), other=0.0)
+    at = queries + line * stride_qb + (heads * stride_qh + numbers.to(tl.int64) * stride_qt)[:, None]
+    asked = tl.load(at + columns[None, :], mask=real[:, None] & (columns[None, :] < WIDTH), other=0.0)
     first, documents = places, places
     start = 0
     if WINDOWED:
@@ -157,8 +156,9 @@ def merge(
     VALUE_WIDTH: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
-    """Joins the parts of one row by their log-sum-exps, and the sink's."""
+    """Joins the parts of one row by their log-sum-exps, and the sink's; `PIECE` of them are held at once."""
     row = tl.program_id(0).to(tl.int64)
     number, head, line = row % queries_count, row // queries_count % HEADS, row // queries_count // HEADS
     each, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
@@ -171,19 +171,23 @@ def merge(
         at = sink + line * stride_sb + head * stride_sh + number * stride_st
         score = tl.load(at).to(tl.float32) * 1.4426950408889634
         highest = tl.maximum(highest, score)
-    weights = tl.exp2(top - highest)
-    whole = tl.sum(weights * total, 0)
+    whole = tl.sum(tl.exp2(top - highest) * total, 0)
     if sink is not None:
         whole += tl.exp2(score - highest)
-    at = parts + (row * splits + each[:, None]) * VALUE_WIDTH + columns[None, :]
-    part = tl.load(at, mask=some[:, None] & (columns[None, :] < VALUE_WIDTH), other=0.0)
-    given = tl.sum(weights[:, None] * part, 0) / whole
+    gathered = tl.zeros([BLOCK_V], tl.float32)
+    for begin in range(0, splits, PIECE):
+        turn = begin + tl.arange(0, PIECE)
+        real = turn < splits
+        weights = tl.exp2(tl.load(tops + row * splits + turn, mask=real, other=-float("inf")) - highest)
+        place = parts + (row * splits + turn[:, None]) * VALUE_WIDTH + columns[None, :]
+        part = tl.load(place, mask=real[:, None] & (columns[None, :] < VALUE_WIDTH), other=0.0)
+        gathered += tl.sum(weights[:, None] * part, 0)
     at = output + line * stride_ob + head * stride_oh + number * stride_ot + columns
-    tl.store(at, given.to(output.dtype.element_ty), mask=columns < VALUE_WIDTH)
+    tl.store(at, (gathered / whole).to(output.dtype.element_ty), mask=columns < VALUE_WIDTH)
 
 
 def samples() -> list[Sample]:
-    """Every type and width, plain and with all that can be added; and one merge."""
+    """Every type and width, plain and with all that can be added; and merges of the most parts that there are."""
     found = []
     for words, kind, constants in sampled():
         blocks = of_kind(DECODE, kind, constants)
@@ -201,5 +205,7 @@ def samples() -> list[Sample]:
                 scattered(tensors, shape)
             found.append(sample(f"distance decode, {words}, {added}", decode, tensors, constants | shape, blocks))
     kinds = dict.fromkeys(("parts", "tops", "totals", "sink"), "*fp32") | {"output": "*bf16"}
-    constants = {"HEADS": 8, "VALUE_WIDTH": 128, "BLOCK_V": 128, "BLOCK_S": 64}
-    return [*found, sample("distance decode, merge", merge, kinds, constants, Blocks(0, 0))]
+    for width in (128, 256):
+        constants = {"HEADS": 8, "VALUE_WIDTH": width, "BLOCK_V": width, "BLOCK_S": PROGRAMS, "PIECE": PIECE}
+        found.append(sample(f"distance decode, merge, width {width}", merge, kinds, constants, Blocks(0, 0)))
+    return found

@@ -146,13 +146,12 @@ def forward(
     BIASED: tl.constexpr = table is not None
     BOUNDED: tl.constexpr = first_seen is not None
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    line = (tl.program_id(1) // (HEADS * MAPS)).to(tl.int64)
-    head = tl.program_id(1) % (HEADS * MAPS)
+    head, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key_head = key_head_of(head, HEADS, GROUPS, OWN_KEYS)
     keys += line * stride_kb + key_head * stride_kh
     values += line * stride_vb + (key_head % GROUPS) * stride_vh
     numbers = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    real = numbers < queries_count
+    real, far = numbers < queries_count, numbers.to(tl.int64)
     places = ahead + numbers
     asked = rows_of(
         queries + line * stride_qb + head * stride_qh, numbers, stride_qt, queries_count, WIDTH, BLOCK_E, True
@@ -178,7 +177,7 @@ def forward(
     if sink is None:
         top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     else:
-        at = sink + line * stride_sb + head * stride_sh + numbers * stride_st
+        at = sink + line * stride_sb + head * stride_sh + far * stride_st
         top = tl.load(at, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
     total = tl.full([BLOCK_Q], 1.0, tl.float32)  # the sink's weight; without one, forgotten at the first key
     gathered = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
@@ -219,7 +218,7 @@ def forward(
             )
     total = tl.where(real, total, 1.0)
     columns = tl.arange(0, BLOCK_V)
-    at = output + line * stride_ob + head * stride_oh + numbers[:, None] * stride_ot + columns[None, :]
+    at = output + line * stride_ob + head * stride_oh + far[:, None] * stride_ot + columns[None, :]
     kept = real[:, None] & (columns[None, :] < VALUE_WIDTH)
     tl.store(at, (gathered / total[:, None]).to(output.dtype.element_ty), mask=kept)
     row = (line * HEADS * MAPS + head) * queries_count

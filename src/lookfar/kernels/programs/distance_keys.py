@@ -161,8 +161,7 @@ def backward_keys(
     BIASED: tl.constexpr = table is not None
     BOUNDED: tl.constexpr = first_seen is not None
     key_heads: tl.constexpr = GROUPS * MAPS if OWN_KEYS else GROUPS
-    line = (tl.program_id(1) // key_heads).to(tl.int64)
-    key_head = tl.program_id(1) % key_heads
+    key_head, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCK_K
     each = begin + tl.arange(0, BLOCK_K)
     real = each < given
@@ -234,12 +233,12 @@ def backward_keys(
                     PRECISION,
                     part != 1,
                 )
-    columns = tl.arange(0, BLOCK_E)
-    at = of_keys + line * stride_ob + key_head * stride_oh + each[:, None] * stride_ot + columns[None, :]
+    far, columns = each.to(tl.int64), tl.arange(0, BLOCK_E)
+    at = of_keys + line * stride_ob + key_head * stride_oh + far[:, None] * stride_ot + columns[None, :]
     kept = real[:, None] & (columns[None, :] < WIDTH)
     tl.store(at, (found_keys * scale).to(of_keys.dtype.element_ty), mask=kept)
     columns = tl.arange(0, BLOCK_V)
-    at = of_values + line * stride_wb + key_head * stride_wh + each[:, None] * stride_wt + columns[None, :]
+    at = of_values + line * stride_wb + key_head * stride_wh + far[:, None] * stride_wt + columns[None, :]
     kept = real[:, None] & (columns[None, :] < VALUE_WIDTH)
     tl.store(at, found_values.to(of_values.dtype.element_ty), mask=kept)
 

@@ -16,6 +16,7 @@ from lookfar.kernels.programs.distance_blocks import (
     DECODE,
     FORWARD,
     LEARNED,
+    PIECE,
     Blocks,
     of_width,
     power,
@@ -80,7 +81,7 @@ class Plan:
         logsumexp = torch.empty(batch, heads, count, dtype=torch.float32, device=queries.device)
         _start(
             distance_forward.forward,
-            (-(-count // blocks.queries), batch * heads),
+            (-(-count // blocks.queries), heads, batch),
             queries,
             keys,
             values,
@@ -125,7 +126,7 @@ class Plan:
         width = power(values.shape[-1])
         _start(
             distance_queries.towards,
-            (-(-count // 64), batch * heads),
+            (-(-count // 64), heads, batch),
             gradient,
             output,
             towards,
@@ -144,13 +145,13 @@ class Plan:
             blocks = self._blocks(LEARNED if learned else BACKWARD_QUERIES)
             programs, sums = -(-count // blocks.queries), None
             if learned and table is not None:
-                programs = min(programs, -(-self.programs // (batch * heads)))
+                programs = min(programs, -(-self.programs // max(1, batch * heads)))
                 shape = (batch, heads, programs * (blocks.queries // blocks.keys), stride)
                 sums = torch.zeros(shape, dtype=torch.float32, device=queries.device)
             of_queries = _like(queries, queries.shape[-1])
             _start(
                 distance_queries.backward_queries,
-                (programs, batch * heads),
+                (programs, heads, batch),
                 queries,
                 keys,
                 values,
@@ -178,7 +179,7 @@ class Plan:
             of_values = _like(keys, values.shape[-1], torch.float32 if parted else None)
             _start(
                 distance_keys.backward_keys,
-                (-(-known // blocks.keys), batch * key_heads),
+                (-(-known // blocks.keys), key_heads, batch),
                 queries,
                 keys,
                 values,
@@ -211,7 +212,7 @@ class Plan:
         blocks, (batch, heads, count) = self._blocks(DECODE), queries.shape[:3]
         known, key_heads, width = keys.shape[2], keys.shape[1], values.shape[-1]
         shown = known if self.window is None else min(known, self.window + count + blocks.keys)
-        splits = max(1, min(-(-shown // blocks.keys), self.programs // (batch * key_heads)))
+        splits = max(1, min(-(-shown // blocks.keys), self.programs // max(1, batch * key_heads)))
         span = -(-shown // (splits * blocks.keys)) * blocks.keys
         splits = -(-shown // span)
         parts = torch.empty(batch, heads, count, splits, width, dtype=torch.float32, device=queries.device)
@@ -222,7 +223,7 @@ class Plan:
         rows = count * (heads // key_heads)
         _start(
             distance_decode.decode,
-            (splits, batch * key_heads),
+            (splits, key_heads, batch),
             queries,
             keys,
             values,
@@ -262,6 +263,7 @@ class Plan:
             VALUE_WIDTH=width,
             BLOCK_V=power(width),
             BLOCK_S=power(splits),
+            PIECE=PIECE,
         )
         return output
 
@@ -292,8 +294,9 @@ class Plan:
 
 
 def _start(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start so many programs."""
-    program[grid](*arguments, **constants)
+    """Start so many programs, which may be none: an empty batch has no rows."""
+    if all(grid):
+        program[grid](*arguments, **constants)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

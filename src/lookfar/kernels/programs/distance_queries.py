@@ -42,7 +42,7 @@ def towards(
     BLOCK_Q: tl.constexpr,
 ):
     """Writes ⟨gradient, output⟩ of every row, which the backward pass subtracts from each score's gradient."""
-    line, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    head, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     numbers = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     at = gradient + line * stride_gb + head * stride_gh
     given = rows_of(at, numbers, stride_gt, queries_count, VALUE_WIDTH, BLOCK_V, True).to(tl.float32)
@@ -263,7 +263,7 @@ def _block(
         after = (end + BLOCK_K - 1) // BLOCK_K * BLOCK_K
         tl.store(sums - after, tl.load(sums - after) + carried)
     columns = tl.arange(0, BLOCK_E)
-    at = of_queries + numbers[:, None] * stride_ot + columns[None, :]
+    at = of_queries + numbers.to(tl.int64)[:, None] * stride_ot + columns[None, :]
     tl.store(at, (found * scale).to(of_queries.dtype.element_ty), mask=real[:, None] & (columns[None, :] < WIDTH))
 
 
@@ -325,8 +325,7 @@ def backward_queries(
     Then there are fewer programs than blocks: program p of c takes the blocks p, 2c - 1 - p, 2c + p, … from the last
     on, which costs each about the same, and adds to sums of its own, `[b h c squares n]`, without atomics.
     """
-    line = (tl.program_id(1) // (HEADS * MAPS)).to(tl.int64)
-    head = tl.program_id(1) % (HEADS * MAPS)
+    head, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     key_head = key_head_of(head, HEADS, GROUPS, OWN_KEYS)
     row = (line * HEADS * MAPS + head) * queries_count
     queries += line * stride_qb + head * stride_qh
@@ -339,7 +338,7 @@ def backward_queries(
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(queries_count, BLOCK_Q)
     if sums is not None:
-        own = (tl.program_id(1).to(tl.int64) * programs + program) * (BLOCK_Q // BLOCK_K)
+        own = ((line * HEADS * MAPS + head) * programs + program) * (BLOCK_Q // BLOCK_K)
         sums += own * stride_table
     for turn in range(tl.cdiv(blocks, programs)):
         block = blocks - 1 - (turn * programs + (program if turn % 2 == 0 else programs - 1 - program))

@@ -40,9 +40,12 @@ def score_head_of(key_head, turn, HEADS: tl.constexpr, GROUPS: tl.constexpr, OWN
 @triton.jit
 @no_type_check
 def rows_of(base, places, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
-    """Some rows of a matrix, zero beyond its width and, where `CHECKED`, beyond its last row."""
+    """Some rows of a matrix, zero beyond its width and, where `CHECKED`, beyond its last row.
+
+    The rows of long texts lie further apart than 32 bits can tell.
+    """
     columns = tl.arange(0, BLOCK)
-    at = base + places[:, None] * stride + columns[None, :]
+    at = base + places.to(tl.int64)[:, None] * stride + columns[None, :]
     if CHECKED:
         return tl.load(at, mask=(places[:, None] < limit) & (columns[None, :] < WIDTH), other=0.0)
     if WIDTH == BLOCK:
