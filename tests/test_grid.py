@@ -144,9 +144,18 @@ def test_rates_are_tried_on_a_seed_of_their_own_with_one_budget_for_all():
     found = expand(study)
     assert [each.name for each in found[:4]] == ["rope-rate=0.001-trial", "rope-rate=0.003-trial", "rope-s0", "rope-s4"]
     trials = [each for each in found if "candidate" in each.notes]
-    assert {(each.run.training.seed, each.run.training.updates) for each in trials} == {(5, 7)}
+    assert {(each.run.training.seed, each.run.training.updates) for each in trials} == {(1000, 7)}
     assert {(each.run.lengths, each.run.evaluation.split) for each in trials} == {((8,), "valid")}
     assert of(study, "alibi-s4").needs == {"alibi-rate=0.001-trial", "alibi-rate=0.003-trial"}
+
+
+def test_seeds_that_join_later_leave_the_seed_of_the_trials():
+    def trial(*seeds, **told):
+        return expand(a_study(seeds=seeds, choose_rate=[1e-3, 3e-3], **told))[0].run.training.seed
+
+    assert trial(0) == trial(0, 1) == trial(7, 3, 999)
+    assert trial(0, 1000, 1001) == 1002  # a seed of its own
+    assert trial(0, 1, choose_seed=1) == 1
 
 
 def row(rate, value):

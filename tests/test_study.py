@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from lookfar.study.grid import slug
 from lookfar.study.runner import run_study
 from lookfar.training import checkpoint
 from lookfar.training.run import run_whole
-from lookfar.training.train import Interrupted
+from lookfar.training.train import Diverged, Interrupted
 
 NAMES = ["rope-s3", "rope-s1", "alibi-s3", "alibi-s1"]  # neither schemes nor seeds in alphabetical order
 
@@ -309,7 +310,40 @@ def _refusal(study, place, watching):
         return str(error)
 
 
+def test_runs_that_are_not_of_the_study_are_told(a_study, tmp_path):
+    run_study(a_study('study.schemes=["rope"]'), tmp_path, Watching())
+    watching = Watching()
+    run_study(a_study('study.schemes=["alibi"]', "study.seeds=[3]", "training.rate=0.01"), tmp_path, watching)
+    assert [title for title in watching.titles if "folder" in title] == ["[0/1] folder: "]
+    assert watching.events["folder"][0]["text"] == (
+        f"{tmp_path} holds runs that are not of this study, and its report shows them: rope-s1, rope-s3"
+    )
+
+
 # Mistakes and failures
+
+
+def everything(place):
+    return {file: file.read_bytes() for file in sorted(place.rglob("*")) if file.is_file()}
+
+
+def test_a_study_leaves_the_folder_of_a_run_as_it_is(a_study, recipe, tmp_path):
+    content = config.read_toml(recipe)
+    del content["study"]
+    run_whole(config.build(content), tmp_path)
+    before, watching = everything(tmp_path), Watching()
+    with pytest.raises(UserError, match="holds a run, whose rows a study would replace; choose another folder"):
+        run_study(a_study(), tmp_path, watching)
+    assert everything(tmp_path) == before and watching.titles == []
+
+
+def test_a_run_leaves_the_folder_of_a_study_as_it_is(recipe, tmp_path, whole):
+    place, content = shutil.copytree(whole, tmp_path / "study"), config.read_toml(recipe)
+    del content["study"]
+    before = everything(place)
+    with pytest.raises(UserError, match="holds a study, whose rows a run would remove; choose another folder"):
+        run_whole(config.build(content), place)
+    assert everything(place) == before
 
 
 @pytest.mark.parametrize(
@@ -346,6 +380,49 @@ def test_a_run_that_fails_costs_no_other_and_is_tried_again(a_study, tmp_path, w
     assert second.trained() == {"rope-s1": [3, 4]}
     assert not (tmp_path / "rope-s1" / "error.txt").exists()
     assert_same_end(tmp_path, whole)
+
+
+def failing(what):
+    """A watch that raises in the first update of the first run."""
+
+    def fail(name, event):
+        if name == "rope-s3" and event["event"] == "update":
+            raise what
+
+    return Watching(fail)
+
+
+def test_the_reason_in_the_folder_is_that_of_the_last_attempt(a_study, tmp_path):
+    study, error = a_study("study.seeds=[3]"), tmp_path / "rope-s3" / "error.txt"
+    run_study(study, tmp_path, failing(ArithmeticError("the sums are wrong")))
+    assert "the sums are wrong" in error.read_text()
+    assert run_study(study, tmp_path, failing(Diverged("The loss is nan."))) == {"rope-s3": "The loss is nan."}
+    assert error.read_text() == "The loss is nan.\n"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, tmp_path, failing(KeyboardInterrupt()))
+    assert not error.exists()
+
+
+def test_a_full_disk_costs_no_reason_and_no_other_run(a_study, tmp_path, monkeypatch):
+    write = files.write
+
+    def full(file, content):
+        if file.name == "error.txt":
+            raise OSError(28, "No space left on device")
+        write(file, content)
+
+    monkeypatch.setattr(files, "write", full)
+    watching = failing(OSError(28, "No space left on device"))
+    failed = run_study(a_study("study.seeds=[3]"), tmp_path, watching)
+    assert failed == {"rope-s3": "OSError: [Errno 28] No space left on device"}
+    assert list(watching.events) == ["rope-s3", "alibi-s3"]
+
+
+def test_a_process_that_dies_twice_leaves_its_reason(a_study, tmp_path, monkeypatch):
+    monkeypatch.setattr("lookfar.study.workers.sys.executable", shutil.which("false"))
+    failed = run_study(a_study('study.schemes=["rope"]', "study.seeds=[3]"), tmp_path, Watching(), workers=1)
+    assert failed == {"rope-s3": "Its process died twice (exit code 1)."}
+    assert (tmp_path / "rope-s3" / "error.txt").read_text() == "Its process died twice (exit code 1).\n"
 
 
 # The command

@@ -8,6 +8,7 @@ import pytest
 
 from lookfar import config, files
 from lookfar.config import Study
+from lookfar.errors import UserError
 from lookfar.study.report import write_report
 from lookfar.study.runner import run_study
 from lookfar.training import checkpoint
@@ -160,7 +161,7 @@ def test_the_final_seeds_are_trained_at_the_rate_that_validation_chose(a_study, 
         for row in rows
         if "candidate" in row and "update" in row
     }
-    assert tried == {(scheme, rate, 2, 5) for scheme in ("rope", "alibi") for rate in (1e-9, 1e-2)}
+    assert tried == {(scheme, rate, 1000, 5) for scheme in ("rope", "alibi") for rate in (1e-9, 1e-2)}
     assert {row["chosen_rate"] for row in rows if "candidate" not in row} == {1e-2}
     watching = Watching()
     assert run_study(study, tmp_path, watching) == {} and watching.trained() == {}
@@ -180,6 +181,37 @@ def test_a_rate_that_diverges_is_an_answer_and_no_failure(a_study, tmp_path, mon
     assert run_study(a_study(**CHOICE), tmp_path, Watching()) == {}
     assert config.read_toml(tmp_path / "alibi-s0" / "run.toml")["training"]["rate"] == 1e-9
     assert "0.01: diverged" in write_report([tmp_path]).read_text(encoding="utf-8")
+
+
+def test_a_trial_that_fails_leaves_the_rate_open_until_it_has_ended(a_study, tmp_path):
+    def fill(name, event):
+        if name == "rope-rate=0.01-trial" and event["event"] == "update":
+            raise OSError(28, "No space left on device")
+
+    study = a_study("study.schemes=['rope']", **CHOICE)
+    failed = run_study(study, tmp_path, Watching(fill))
+    assert list(failed) == ["rope-rate=0.01-trial", "rope-s0"]
+    assert failed["rope-s0"] == "rope-rate=0.01-trial, its trial of a rate, failed."
+    assert not (tmp_path / "rope-s0").exists()  # else at the other rate, for ever
+    assert run_study(study, tmp_path, Watching()) == {}
+    assert config.read_toml(tmp_path / "rope-s0" / "run.toml")["training"]["rate"] == 1e-2
+
+
+def test_a_seed_can_join_a_study_that_chose_its_rates(a_study, tmp_path):
+    told = {**CHOICE, "schemes": ["rope"]}
+    assert run_study(a_study(**told), tmp_path, Watching()) == {}
+    watching = Watching()
+    assert run_study(a_study(**told, seeds=[0, 1]), tmp_path, watching) == {}
+    assert list(watching.trained()) == ["rope-s1"]
+
+
+def test_trials_of_another_seed_are_refused_with_the_setting_that_keeps_them(a_study, tmp_path):
+    told = {**CHOICE, "schemes": ["rope"]}
+    assert run_study(a_study(**told, choose_seed=1), tmp_path, Watching()) == {}
+    with pytest.raises(UserError, match=r"rope-rate=1e-09-trial .* seed 1, not 1000; set study.choose_seed=1, or"):
+        run_study(a_study(**told), tmp_path, Watching())
+    watching = Watching()
+    assert run_study(a_study(**told, choose_seed=1), tmp_path, watching) == {} and watching.trained() == {}
 
 
 def test_a_final_run_that_diverges_is_a_failure(a_study, tmp_path, monkeypatch):

@@ -244,6 +244,18 @@ def test_what_is_asked_of_ray_gives_the_same_rows(a_study, whole, tmp_path, monk
     assert contents(tmp_path) == whole
 
 
+def test_a_cluster_that_shows_no_processor_yet_has_a_place(a_study, tmp_path, monkeypatch):
+    cluster = Cluster(deaths=["rope-s3"])
+    cluster.cluster_resources = lambda: {"CPU": 0.0}
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with on_ray.connected(None, Watching()) as pool:
+        assert pool.places == 1
+    died = "Its worker died twice (ConnectionError)."
+    assert run_study(a_study("study.schemes=['rope']"), tmp_path, Watching(), on="ray") == {"rope-s3": died}
+    assert (tmp_path / "rope-s3" / "error.txt").read_text() == f"{died}\n"
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_a_cluster_that_does_not_answer_is_told_at_once(a_study, tmp_path, monkeypatch, address):
     cluster = Cluster()

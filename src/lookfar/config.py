@@ -229,7 +229,7 @@ class StudyConfig(_Settings):
     runs: tuple[Variant, ...] = ()  # in turn, each with its own changes; a branch names another: "wsd@800"
     choose_rate: Annotated[tuple[Positive, ...], Field(min_length=2)] | None = None  # each is tried before the seeds
     choose_updates: Count | None = None  # of such a trial; None: as many as the run
-    choose_seed: Annotated[int, Field(ge=0)] | None = None  # of such a trial; None: one more than the largest seed
+    choose_seed: Annotated[int, Field(ge=0)] | None = None  # of such a trial; None: 1000, or the next that is no seed
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain, count, product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lookfar.training.problems import problems_of
 from lookfar.training.start import refuse_branch
 
 LONGEST = 150  # letters of a folder's name
+TRIAL_SEED = 1000  # of trials of rates, however many seeds join later; the next one where it is a seed of the study
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def _with_seeds(study: Study, point: _Point) -> Iterator[Planned]:
     """A point with each seed, after the trials of rates where they are wanted."""
     told = study.study
     candidates = []
+    trial_seed = next(seed for seed in count(TRIAL_SEED) if seed not in told.seeds)
     for rate in told.choose_rate or ():
-        trial = _built(study, point, told.choose_seed if told.choose_seed is not None else max(told.seeds) + 1)
+        trial = _built(study, point, trial_seed if told.choose_seed is None else told.choose_seed)
         _refuse_choice(point, trial)
         training = {"rate": rate, "updates": told.choose_updates or trial.training.updates}
         content = trial.model_dump()

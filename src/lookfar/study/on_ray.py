@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lookfar.errors import UserError
-from lookfar.study.work import Job, do, from_plain
+from lookfar.study.work import Job, do, from_plain, leave_reason
 from lookfar.study.workers import Stopped, Watching
 from lookfar.training import folder as run_folder
 from lookfar.training.train import Interrupted
@@ -32,7 +32,7 @@ class OnRay:
         there = ray.cluster_resources()
         gpus, processors = int(there.get("GPU", 0)), int(there.get("CPU", 1))
         self.ray, self.watching = ray, watching
-        self.places = places or gpus or processors
+        self.places = max(1, places or gpus or processors)  # a cluster that grows may show none yet
         most = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
         share = 1 if places is None else max(1, min(most, processors // places))
         options = {"num_cpus": share, "max_retries": 1, **({"num_gpus": 1} if gpus else {})}
@@ -52,9 +52,9 @@ class OnRay:
         try:
             reason = self.ray.get(first)
         except self.ray.exceptions.RayTaskError as error:  # it lived, and raised
-            reason = f"{type(error.cause).__name__}: {error.cause}"
+            reason = leave_reason(job.folder, f"{type(error.cause).__name__}: {error.cause}")
         except self.ray.exceptions.RayError as error:
-            reason = f"Its worker died twice ({type(error).__name__})."
+            reason = leave_reason(job.folder, f"Its worker died twice ({type(error).__name__}).")
         self._tell(job, reason or "done")
         return job.name, reason
 

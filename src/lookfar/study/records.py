@@ -233,7 +233,8 @@ def parts_of(records: Sequence[Record], names: Sequence[str]) -> list[Part]:
                 about = {"series": name, "curve": curve, "run": f"{record.folder}/{record.name}"}
                 drawn = {"update": list(record.losses), "loss": list(record.losses.values())}
                 histories.append({**about, **drawn, "rate": [record.rates.get(update) for update in record.losses]})
-        parts.append(Part(group, there, rows, histories))
+        if rows or any(each["update"] for each in histories):  # a run that failed at once has nothing to show
+            parts.append(Part(group, there, rows, histories))
     return parts
 
 

@@ -13,7 +13,7 @@ from lookfar.errors import UserError
 from lookfar.study import on_ray
 from lookfar.study.grid import expand, rate_of
 from lookfar.study.planned import Planned
-from lookfar.study.work import Job, Pool
+from lookfar.study.work import Job, Pool, leave_reason
 from lookfar.study.workers import Here, Watching, working
 from lookfar.training import checkpoint, problems
 from lookfar.training import folder as run_folder
@@ -35,14 +35,21 @@ def run_study(
         workers: how many runs at a time, each in a process of its own; None: one after another in this process, or on
             Ray as many as the cluster has room for.
         on: "ray": on the Ray cluster that RAY_ADDRESS names, or a local one.
+
+    Raises:
+        UserError: a study that cannot work, or a folder that holds a run or was begun with other settings.
+        Interrupted: a signal came; the same call goes on from there.
     """
     if on == "ray":
         on_ray.imported()
     planned = {each.name: each for each in expand(study)}
+    if (folder / run_folder.RECIPE).exists():
+        raise UserError(f"{folder} holds a run, whose rows a study would replace; choose another folder.")
     with run_folder.claim(folder):
         for each in planned.values():
             _refuse_another(each, folder)
-        files.write(folder / "study.toml", config.write_toml(study.model_dump()).encode())
+        _tell_of_others(planned, folder, watching)
+        files.write(folder / run_folder.STUDY, config.write_toml(study.model_dump()).encode())
         if workers is not None or on is not None:
             _prepare_texts(planned, watching)
         with _pool(workers, on, watching) as pool:
@@ -76,7 +83,8 @@ def _do_all(planned: Mapping[str, Planned], folder: Path, pool: Pool, here: Here
             try:
                 run = _ready(each, folder, failed)
             except UserError as error:
-                failed[each.name] = str(error)
+                place = folder / each.name
+                failed[each.name] = leave_reason(place, str(error)) if place.exists() else str(error)
                 ended.add(each.name)
                 continue
             title = f"[{list(planned).index(each.name) + 1}/{len(planned)}] {each.name}: "
@@ -110,6 +118,9 @@ def _ready(planned: Planned, folder: Path, failed: Mapping[str, str]) -> Planned
     """The run with the rate that its trials chose."""
     if planned.after in failed:
         raise UserError(f"{planned.after}, which it branches off, failed.")
+    for name in planned.candidates:
+        if name in failed:  # whether its rate is the best is not known; a trial that diverged has not failed
+            raise UserError(f"{name}, its trial of a rate, failed.")
     if not planned.candidates:
         return planned
     rows = {name: files.read_lines(folder / name / run_folder.ROWS) for name in planned.candidates}
@@ -123,10 +134,30 @@ def _refuse_another(planned: Planned, folder: Path) -> None:
     """Refuse a folder that holds another run; a rate that is still to be chosen is not compared."""
     place = folder / planned.name
     run = planned.run
-    if planned.candidates and (place / run_folder.RECIPE).exists():
-        before = run_folder.read(place)[0].training.rate
-        run = run.model_copy(update={"training": run.training.model_copy(update={"rate": before})})
+    if (place / run_folder.RECIPE).exists():
+        before = run_folder.read(place)[0].training
+        if "candidate" in planned.notes and before.seed != run.training.seed:
+            raise UserError(
+                f"{place} tried its rate with seed {before.seed}, not {run.training.seed}; "
+                f"set study.choose_seed={before.seed}, or choose another folder."
+            )
+        if planned.candidates:
+            run = run.model_copy(update={"training": run.training.model_copy(update={"rate": before.rate})})
     run_folder.refuse_another(place, run, done=max(checkpoint.updates(place), default=0))
+
+
+def _tell_of_others(planned: Mapping[str, Planned], folder: Path, watching: Watching) -> None:
+    """Say which runs in the folder are none of the study: its report shows them too."""
+    others = sorted(
+        each.parent.name for each in folder.glob(f"*/{run_folder.RECIPE}") if each.parent.name not in planned
+    )
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        told = (
+            f"{folder} holds runs that are not of this study, and its report shows them: {', '.join(others[:5])}{more}"
+        )
+        with watching(f"[0/{len(planned)}] folder: ") as watch:
+            watch({"event": "note", "text": told})
 
 
 def _prepare_texts(planned: Mapping[str, Planned], watching: Watching) -> None:

@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from lookfar.training.run import run_whole
 from lookfar.training.train import Diverged, Interrupted
 
 NOTES = ("label", "spent", "candidate", "chosen_rate")  # what a study adds to rows
+ERROR = "error.txt"  # why the last attempt failed
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,11 @@ def do(job: Job, watch: Watch) -> str | None:
     Raises:
         Interrupted: as `train`.
     """
-    if "candidate" in job.notes and _has_diverged(job):
-        return None
+    with suppress(OSError):
+        (job.folder / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     try:
+        if "candidate" in job.notes and _has_diverged(job):
+            return None
         try:
             run_whole(job.run, job.folder, watch)
         except Diverged:
@@ -74,16 +78,22 @@ def do(job: Job, watch: Watch) -> str | None:
                 raise
             run_folder.add_rows(job.folder, [_diverged(job)])  # a rate that is too high is an answer, too
         _note(job)
-        (job.folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
     except (Interrupted, KeyboardInterrupt):
         raise
     except UserError as error:
-        return str(error)
+        return leave_reason(job.folder, str(error))
     except Exception as error:  # one run that fails must not cost the others
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return f"{type(error).__name__}: {error} (see {job.name}/error.txt)"
+        return leave_reason(job.folder, f"{type(error).__name__}: {error}", trace=traceback.format_exc())
     return None
+
+
+def leave_reason(folder: Path, reason: str, trace: str = "") -> str:
+    """Write into a run's folder why it failed, if the disk takes it; the answer is the reason all the same."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write(folder / ERROR, f"{(trace or reason).strip()}\n".encode(errors="replace"))
+        return f"{reason} (see {folder.name}/{ERROR})" if trace else reason
+    return reason
 
 
 def _note(job: Job) -> None:

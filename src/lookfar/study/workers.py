@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
 
-from lookfar.study.work import Job, do
+from lookfar.study.work import Job, do, leave_reason
 from lookfar.training.log import Watch
 from lookfar.training.train import Interrupted
 
@@ -92,7 +92,7 @@ class Workers:
                 continue
             death = f"signal {-code}" if code < 0 else f"exit code {code}"
             if worker.again:
-                return worker.job.name, f"Its process died twice ({death})."
+                return worker.job.name, leave_reason(worker.job.folder, f"Its process died twice ({death}).")
             self._begin(worker.job, worker.place, again=True, note=f"its process died ({death}); it is begun again")
 
     def stop(self, number: int, frame: Any = None) -> None:
@@ -138,8 +138,9 @@ class _Worker:
             start_new_session=True,  # a terminal's Ctrl-C comes here alone, and is passed on
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job.to_plain()) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it died at once, and its end will be told
+            self.process.stdin.write(json.dumps(job.to_plain()) + "\n")
+            self.process.stdin.flush()
         self.reader = threading.Thread(target=self._read, args=(told,), daemon=True)
         self.reader.start()
 
@@ -155,7 +156,8 @@ class _Worker:
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what it never read
+                    pipe.close()
         return code
 
     def _read(self, told: "queue.Queue[tuple[_Worker, str | None]]") -> None:

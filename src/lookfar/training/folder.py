@@ -20,6 +20,7 @@ except ImportError:  # not on Windows, where a folder is not held
     fcntl = None
 
 RECIPE, LOG, ROWS, MANIFEST = "run.toml", "log.jsonl", "rows.jsonl", "manifest.json"
+STUDY = "study.toml"  # makes a folder that of a study
 
 
 @contextmanager
@@ -55,7 +56,12 @@ def settle(folder: Path, run: Run, label: str, *, done: int = 0) -> None:
 
 
 def refuse_another(folder: Path, run: Run, label: str | None = None, *, done: int = 0) -> None:
-    """Raise a `UserError` where the folder holds another run; `label` is that of the text, where it is known."""
+    """Raise a `UserError` where the folder holds another run, or a study.
+
+    `label` is that of the text, where it is known.
+    """
+    if (folder / STUDY).exists():
+        raise UserError(f"{folder} holds a study, whose rows a run would remove; choose another folder.")
     if not (folder / RECIPE).exists():
         return
     before, label_before = read(folder)

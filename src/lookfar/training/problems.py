@@ -187,11 +187,11 @@ def lengths(run: Run, problems: Problems) -> list[int]:
     """The lengths that a run is measured at, in order.
 
     By default all that its task trains and tests; where `task.lengths` are stated, these and longer ones to twice the
-    longest of them.
+    longest of them. Those of which no problem is held out, as of the six commands of one action in SCAN, are left out.
     """
     if run.evaluation.lengths is not None:
         return sorted(set(run.evaluation.lengths))
-    return existing(problems.task, _by_default(run, problems))
+    return [each for each in existing(problems.task, _by_default(run, problems)) if problems.measured(each, 1)]
 
 
 def _by_default(run: Run, problems: Problems) -> list[int]:
