@@ -19,7 +19,7 @@ SINGLE = ("row", "sdpa", "square", "slots", "chunked", "reference", "strips", *T
 SLOTS = ("slots", "strips", "sdpa", "square", "row", "chunked", "reference", *TOLD)
 FLASH = ("sdpa", "distance", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")  # a GPU's
 GPU = ("distance", "sdpa", "row", "flex", "dape", "square", "slots", "chunked", "reference", "strips")
-FEW = 8  # queries from which strips over many keys are as fast as other kernels
+FEW = 8  # queries; fewer go where a single one does
 SHORTEST = {  # keys from which strips are faster than the square, as `python -m benchmarks --only choices` tells
     torch.bfloat16: {"by distance": 2048, "another bias": 512},
     torch.float32: {"by distance": 256, "another bias": 256},
