@@ -280,6 +280,15 @@ def test_a_sight_that_cannot_be_is_told(asked, message, monkeypatch, capsys):
     assert code == 2 and message in err and "Traceback" not in err
 
 
+def test_a_recipe_of_the_other_kind_names_the_other_verb(monkeypatch, capsys, tmp_path):
+    (tmp_path / "study.toml").write_text("[study]\nschemes = ['rope']\nseeds = [0]\n")
+    (tmp_path / "run.toml").write_text("[model]\nwidth = 16\n")
+    code, _, err = run(monkeypatch, capsys, "train", str(tmp_path / "study.toml"), "--folder", str(tmp_path / "a"))
+    assert code == 2 and "use `lookfar study`" in err
+    code, _, err = run(monkeypatch, capsys, "study", str(tmp_path / "run.toml"), "--folder", str(tmp_path / "b"))
+    assert code == 2 and "use `lookfar train`" in err and not (tmp_path / "b").exists()
+
+
 def test_explain_answers_for_decoding_and_for_a_gpu_that_is_not_here(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "explain", "cope", "--length", "2048", "--queries", "1", "--inference")
     assert code == 0 and "the last 1 of 2,048 tokens" in out

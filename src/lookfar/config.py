@@ -312,9 +312,13 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     place = [str(part) for part in detail["loc"] if str(part) in _keys(model) or detail["type"] == "extra_forbidden"]
     key = ".".join(place)
     if detail["type"] == "extra_forbidden":
+        if key == "study" and not issubclass(model, Study):
+            return "This recipe is that of a study; use `lookfar study`, or take its table [study] out."
         owner = _owner(model, place[:-1])
         return f"There is no setting {key!r}. {nearest(place[-1], list(owner.model_fields))}"
     if detail["type"] == "missing":
+        if detail["loc"] == ("study",):
+            return "This recipe has no table [study] that says what is varied; use `lookfar train` for a single run."
         return f"The setting {'.'.join(str(part) for part in detail['loc'])!r} is missing."
     reason = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
