@@ -274,7 +274,7 @@ def test_a_mistake_in_python_is_told_like_one_in_a_recipe():
 
 
 def test_a_missing_table_is_told():
-    with pytest.raises(UserError, match="The setting 'study' is missing"):
+    with pytest.raises(UserError, match=r"has no table \[study\]"):
         build({}, kind=Study)
     assert build({"study": {}}, kind=Study).study.schemes is None  # that of the model
     with pytest.raises(UserError, match=r"study\.schemes"):

@@ -105,6 +105,7 @@ def test_every_run_of_a_study_could_be_trained(name, runs):
     assert len({each.name for each in planned}) == len(planned) == runs
 
 
+@pytest.mark.long
 def test_the_published_length_study_has_its_models_its_lengths_and_its_tasks():
     planned = expand(config.read(RECIPES / "length_paper.toml", (), config.Study))
     run = next(each.run for each in planned if each.run.model.scheme == "nope")

@@ -270,7 +270,7 @@ CALL = Call(queries=2048, keys=2048)
         ("kerple", {"device": "cuda"}, "compiled for processors"),
         ("kerple", {"dtype": torch.float64}, "float32"),
         ("kerple", {"causal": False}, "ahead"),
-        ("kerple", {"slots": True}, "ahead"),
+        ("kerple", {"slots": True}, "not in the text"),
         ("kerple", {"scattered": True}, "scattered"),
         ("kerple", {"steady": False}, "positions do not count tokens"),
         ("alibi(form=split)", {}, "hides keys"),

@@ -30,16 +30,17 @@ def check(run: Run) -> None:
     schedules.check(run.training)
     tracking.check(run.training.tracking)
     model = run.model
-    numbers = _numbers(run)
+    names = {term.name for layer in range(model.layers) for term in parse(layer_scheme(model, layer))}
+    kinds = {name: plugins.find("methods", name) for name in names}
+    numbers = _numbers(run, any(issubclass(kind, Method) and kind.bounded for kind in kinds.values()))
     objectives.find(run.training.objective, model)
     limit = model.context if model.positions is None else model.positions
     for layer in range(model.layers):
         expression = layer_scheme(model, layer)
         layer_window(model, layer)
         for term in parse(expression):
-            kind = plugins.find("methods", term.name)
-            if issubclass(kind, Method):
-                _takes(kind, term.name, numbers, limit)
+            if issubclass(kinds[term.name], Method):
+                _takes(kinds[term.name], term.name, numbers, limit)
         if layer == 0 or not isinstance(model.scheme, str):
             scheme = build_scheme(
                 expression,
@@ -59,11 +60,11 @@ def check(run: Run) -> None:
         ingredients(run.data)
 
 
-def _numbers(run: Run) -> dict[str, Num[Tensor, "1 t"]]:
-    """How the longest line of each part is numbered, by what decides it."""
+def _numbers(run: Run, bounded: bool) -> dict[str, Num[Tensor, "1 t"]]:
+    """How the longest line of each part is numbered, by what decides it; `bounded`: a method has a largest number."""
     parts = {
         "model.context": (run.training.numbering, run.model.context),
-        "evaluation.lengths": (run.evaluation.numbering, _most_tokens(run)),
+        "evaluation.lengths": (run.evaluation.numbering, _most_tokens(run, bounded)),
     }
     digits = _digits(run)
     if digits is not None:
@@ -91,10 +92,12 @@ def _digits(run: Run) -> DigitPositions | None:
     return problems.digits(run)
 
 
-def _most_tokens(run: Run) -> int:
-    """How many tokens are read at once when the run is measured."""
+def _most_tokens(run: Run, bounded: bool) -> int:
+    """How many tokens are read at once when the run is measured; at least 1 where nothing is bounded."""
     if run.task.name is None:
         return max(run.lengths)
+    if not bounded:
+        return 1  # all problems would have to be made to tell
     found = problems.problems_of(run.task)
     return max(1, problems.most_tokens(found, problems.lengths(run, found)) - 1)  # the last is no input
 
